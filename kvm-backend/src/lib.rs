@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Real vCPUs for `mmu-core`.
+
+pub mod emu;
+pub mod guest;
+pub mod kvm;
+pub mod regs;

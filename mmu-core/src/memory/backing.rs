@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where a memslot's bytes are.
+//!
+//! Guest memory is shared with running vCPUs, so this crate sees it only as atomic 8-byte words,
+//! never as plain memory: `unsafe` is needed here to say that of memory from elsewhere.
+
+use crate::addr::{ENTRIES, Machine, PAGE_SIZE};
+use crate::sync::AtomicU64;
+use core::fmt;
+
+/// The words of a page that the engine can reach: 512, or a table's worth in a model.
+pub(crate) const PAGE_WORDS: usize = ENTRIES;
+
+/// Memory behind a memslot.
+///
+/// # Safety
+///
+/// `words` must return the same slice each time, readable and writable for as long as the value
+/// lives, and `machine` the same page-aligned address. No reference to the memory other than
+/// shared references to atomics (or raw pointers) may exist.
+pub unsafe trait Backing: Send + Sync + fmt::Debug {
+    /// The memory, as little-endian words in address order.
+    fn words(&self) -> &[AtomicU64];
+
+    /// What the consumer's processor calls the first byte. The address of the memory in this
+    /// process unless told otherwise.
+    fn machine(&self) -> Machine {
+        Machine(self.words().as_ptr() as u64)
+    }
+
+    /// Size in bytes.
+    fn size(&self) -> u64 {
+        self.words().len() as u64 / PAGE_WORDS as u64 * PAGE_SIZE
+    }
+}
+
+/// Zeroed memory from the process's allocator. Large blocks are committed page by page on first
+/// use.
+pub struct AllocatedMemory {
+    words: Box<[AtomicU64]>,
+    /// Index of the first page-aligned word.
+    first: usize,
+    len: usize,
+    machine: Option<Machine>,
+}
+
+impl AllocatedMemory {
+    /// `size` bytes (rounded up to pages), with the address in this process as machine address.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        Self::build(size, None)
+    }
+
+    /// `size` bytes that the consumer's processor sees at `machine`.
+    #[must_use]
+    pub fn at(size: u64, machine: Machine) -> Self {
+        Self::build(size, Some(machine))
+    }
+
+    #[cfg(not(loom))]
+    fn build(size: u64, machine: Option<Machine>) -> Self {
+        let len = size.div_ceil(PAGE_SIZE) as usize * PAGE_WORDS;
+        // A page more than needed, to align by hand: an aligned zeroed allocation would be
+        // cleared eagerly by the standard allocator.
+        let words = Box::<[AtomicU64]>::new_zeroed_slice(len + PAGE_WORDS);
+        // SAFETY: zero is a valid `AtomicU64`.
+        let words = unsafe { words.assume_init() };
+        let first = words.as_ptr().cast::<u8>().align_offset(PAGE_SIZE as usize) / 8;
+        Self { words, first, len, machine }
+    }
+
+    #[cfg(loom)]
+    fn build(size: u64, machine: Option<Machine>) -> Self {
+        let len = size.div_ceil(PAGE_SIZE) as usize * PAGE_WORDS;
+        Self { words: (0..len).map(|_| AtomicU64::new(0)).collect(), first: 0, len, machine }
+    }
+}
+
+// SAFETY: the slice is owned and never replaced; it is only lent as shared atomics.
+unsafe impl Backing for AllocatedMemory {
+    fn words(&self) -> &[AtomicU64] {
+        &self.words[self.first..self.first + self.len]
+    }
+
+    fn machine(&self) -> Machine {
+        self.machine.unwrap_or(Machine(self.words().as_ptr() as u64))
+    }
+}
+
+impl fmt::Debug for AllocatedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AllocatedMemory")
+            .field("size", &self.size())
+            .field("machine", &self.machine())
+            .finish()
+    }
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory of a VMM that uses the `vm-memory` crate, as the backing of memslots.
+
+use super::Backing;
+use crate::addr::PAGE_SIZE;
+use crate::sync::AtomicU64;
+use core::fmt;
+use core::ptr::NonNull;
+use std::sync::Arc;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+/// Why a region cannot back a memslot.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegionError {
+    /// No region of the collection holds the address.
+    #[error("no memory region at guest-physical {0:#x}")]
+    NoRegion(u64),
+    /// The region has no host memory to point at.
+    #[error("the memory region at guest-physical {base:#x} has no host address: {source}")]
+    NotMapped {
+        /// First guest-physical address of the region.
+        base: u64,
+        /// What vm-memory said.
+        source: vm_memory::GuestMemoryError,
+    },
+    /// Region sizes and host addresses must be whole pages.
+    #[error(
+        "the memory region at guest-physical {base:#x} is not page-aligned: {size:#x} bytes at host {host:#x}"
+    )]
+    Misaligned {
+        /// First guest-physical address of the region.
+        base: u64,
+        /// Bytes.
+        size: u64,
+        /// Host-virtual address.
+        host: u64,
+    },
+}
+
+/// One region of any [`GuestMemoryBackend`]; keeps the whole collection alive.
+pub struct VmMemoryRegion<M> {
+    words: NonNull<[AtomicU64]>,
+    base: u64,
+    memory: Arc<M>,
+}
+
+impl<M: GuestMemoryBackend + Send + Sync + 'static> VmMemoryRegion<M> {
+    /// The region of `memory` that holds `address`.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError`], which names the address.
+    pub fn new(memory: Arc<M>, address: GuestAddress) -> Result<Self, RegionError> {
+        let region = memory.find_region(address).ok_or(RegionError::NoRegion(address.0))?;
+        let base = region.start_addr().0;
+        let size = region.len();
+        let host = region
+            .get_host_address(MemoryRegionAddress(0))
+            .map_err(|source| RegionError::NotMapped { base, source })?;
+        if size % PAGE_SIZE != 0 || !(host as u64).is_multiple_of(PAGE_SIZE) {
+            return Err(RegionError::Misaligned { base, size, host: host as u64 });
+        }
+        let words =
+            core::ptr::slice_from_raw_parts_mut(host.cast::<AtomicU64>(), size as usize / 8);
+        // SAFETY: `get_host_address` returns a valid, hence non-null, pointer.
+        let words = unsafe { NonNull::new_unchecked(words) };
+        Ok(Self { words, base, memory })
+    }
+
+    /// First guest-physical address of the region.
+    #[must_use]
+    pub fn base(&self) -> crate::addr::Gpa {
+        crate::addr::Gpa(self.base)
+    }
+
+    /// The collection.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<M> {
+        &self.memory
+    }
+}
+
+// SAFETY: the pointer is to memory owned by `memory`, which is `Send + Sync`, used as atomics.
+unsafe impl<M: Send + Sync> Send for VmMemoryRegion<M> {}
+// SAFETY: as above.
+unsafe impl<M: Send + Sync> Sync for VmMemoryRegion<M> {}
+
+// SAFETY: `memory` keeps the mapping of `size` bytes at `host` alive; vm-memory lends guest memory
+// as volatile slices and atomics only.
+unsafe impl<M: Send + Sync> Backing for VmMemoryRegion<M> {
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: see the impl.
+        unsafe { self.words.as_ref() }
+    }
+}
+
+impl<M> fmt::Debug for VmMemoryRegion<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmMemoryRegion").field("base", &self.base).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The only door to atomics, fences, epochs, arc-swap and the concurrent map.
+//!
+//! In a normal build these are the crates' own types. Under `--cfg loom` they are loom's, or
+//! stand-ins with the same operations, so that a model explores the code that ships. Nothing
+//! outside this module names those crates.
+//!
+//! | facade | normal build | model build |
+//! | --- | --- | --- |
+//! | atomics, [`fence`], [`UnsafeCell`] | `core` | `loom` |
+//! | [`epoch`] | crossbeam-epoch | a checked stand-in, or crossbeam-epoch over loom |
+//! | [`ConcurrentMap`] | dashmap | an ordered map under a loom mutex |
+//! | [`Door`] | arc-swap | an `Arc` under a loom mutex |
+//! | [`Mutex`] | `std` | loom |
+
+mod chunks;
+mod door;
+pub mod epoch;
+mod limbo;
+mod map;
+#[cfg(loom)]
+pub mod rules;
+mod set;
+
+pub(crate) use chunks::LazyArray;
+pub(crate) use door::Door;
+pub(crate) use limbo::{Life, Limbo, Published, Snapshot};
+pub(crate) use map::ConcurrentMap;
+pub(crate) use set::LocationSet;
+
+pub use core::sync::atomic::Ordering;
+
+#[cfg(not(loom))]
+pub use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence};
+#[cfg(not(loom))]
+pub(crate) use std::sync::Mutex;
+
+#[cfg(loom)]
+pub(crate) use loom::sync::Mutex;
+#[cfg(loom)]
+pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence};
+
+/// Interior mutability whose every access the model checker sees.
+#[cfg(loom)]
+pub(crate) use loom::cell::UnsafeCell;
+
+/// Interior mutability with loom's closure interface.
+#[cfg(not(loom))]
+#[derive(Debug)]
+pub(crate) struct UnsafeCell<T>(core::cell::UnsafeCell<T>);
+
+#[cfg(not(loom))]
+impl<T> UnsafeCell<T> {
+    #[inline]
+    pub(crate) const fn new(value: T) -> Self {
+        Self(core::cell::UnsafeCell::new(value))
+    }
+
+    #[inline]
+    pub(crate) fn with_mut<R>(&self, f: impl FnOnce(*mut T) -> R) -> R {
+        f(self.0.get())
+    }
+}
+
+/// Whether the rule is in force. Always, except in a model build whose model switched it off.
+#[cfg(not(loom))]
+macro_rules! rule {
+    ($rule:ident) => {
+        true
+    };
+}
+#[cfg(loom)]
+macro_rules! rule {
+    ($rule:ident) => {
+        $crate::sync::rules::in_force(stringify!($rule))
+    };
+}
+pub(crate) use rule;
+
+/// Locks, whether or not a panicking thread held the lock: every critical section in this crate
+/// leaves its data consistent at each step.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> impl core::ops::DerefMut<Target = T> + '_ {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// One step of waiting for another thread's short critical section: spins a few times, then lets
+/// the scheduler run the other thread.
+#[derive(Debug, Default)]
+pub(crate) struct Backoff(u32);
+
+impl Backoff {
+    const SPINS: u32 = 64;
+
+    pub(crate) fn wait(&mut self) {
+        #[cfg(loom)]
+        loom::thread::yield_now();
+        #[cfg(not(loom))]
+        if self.0 < Self::SPINS {
+            core::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
+        }
+        self.0 = self.0.saturating_add(1);
+    }
+
+    /// Whether waiting has become slow, so that a caller who can do something else should.
+    pub(crate) fn is_long(&self) -> bool {
+        self.0 >= if cfg!(loom) { 1 } else { Self::SPINS }
+    }
+}

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A multiset of nonzero words whose common cases, none and one, fit in one word.
+//!
+//! It holds where a page is mapped (rmap), where a shadow page is linked (parents) and which shadow
+//! pages shadow a guest frame. Bit 0 of the word is a lock that serialises updates and scans (R15).
+//! It is held for the update or scan alone: never across guest memory, an allocation, a callback
+//! or a flush. [`LocationSet::is_empty`] and [`LocationSet::only`] take no lock.
+
+use super::{AtomicU64, Backoff, Ordering, UnsafeCell, rule};
+use core::fmt;
+
+const LOCKED: u64 = 1;
+const LIST: u64 = 2;
+const FLAGS: u64 = LOCKED | LIST;
+/// Largest storable value: the word keeps it shifted past the flags.
+pub(crate) const MAX_LOCATION: u64 = u64::MAX >> 2;
+
+/// Values of a block: with the link and the count, two cache lines.
+const BLOCK: usize = if cfg!(loom) { 2 } else { 14 };
+
+struct Block {
+    next: *mut Cell,
+    used: usize,
+    values: [u64; BLOCK],
+}
+
+/// Aligned so that the two flag bits of a pointer to it are free.
+#[repr(align(8))]
+struct Cell(UnsafeCell<Block>);
+
+impl Cell {
+    fn boxed() -> Box<Self> {
+        Box::new(Self(UnsafeCell::new(Block {
+            next: core::ptr::null_mut(),
+            used: 0,
+            values: [0; BLOCK],
+        })))
+    }
+}
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct LocationSet(AtomicU64);
+
+impl LocationSet {
+    /// Whether nothing is in the set. A Relaxed load: the caller orders it (R2, R20 by fences).
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.load(Ordering::Relaxed) & !LOCKED == 0
+    }
+
+    /// The value, if exactly one is in the set.
+    pub(crate) fn only(&self) -> Option<u64> {
+        let word = self.0.load(Ordering::Acquire);
+        (word & LIST == 0 && word & !FLAGS != 0).then_some(word >> 2)
+    }
+
+    /// Adds one copy of `value`, which must be neither 0 nor above [`MAX_LOCATION`].
+    pub(crate) fn add(&self, value: u64) {
+        debug_assert!(value != 0 && value <= MAX_LOCATION);
+        let mut spare = None;
+        loop {
+            let word = self.lock();
+            if word == 0 {
+                return self.unlock(value << 2);
+            }
+            if word & LIST != 0 {
+                // SAFETY: LIST says that the rest is a pointer from `Box::into_raw` below, and the
+                // lock makes this thread the only user of the list.
+                let cell = unsafe { &*Self::list(word) };
+                let stored = cell.0.with_mut(|block| {
+                    // SAFETY: the lock is held.
+                    let block = unsafe { &mut *block };
+                    let room = block.used < BLOCK;
+                    if room {
+                        block.values[block.used] = value;
+                        block.used += 1;
+                    }
+                    room
+                });
+                if stored {
+                    return self.unlock(word);
+                }
+            }
+            let Some(cell) = spare.take() else {
+                // Never allocate under the lock.
+                self.unlock(word);
+                spare = Some(Cell::boxed());
+                continue;
+            };
+            let cell: Box<Cell> = cell;
+            cell.0.with_mut(|block| {
+                // SAFETY: the cell is not published yet.
+                let block = unsafe { &mut *block };
+                if word & LIST != 0 {
+                    block.next = Self::list(word);
+                } else {
+                    block.values[0] = word >> 2;
+                    block.used = 1;
+                }
+                block.values[block.used] = value;
+                block.used += 1;
+            });
+            return self.unlock(Box::into_raw(cell) as u64 | LIST);
+        }
+    }
+
+    /// Removes one copy of `value`; whether there was one.
+    pub(crate) fn remove(&self, value: u64) -> bool {
+        let word = self.lock();
+        if word & LIST == 0 {
+            let found = word == value << 2 && word != 0;
+            self.unlock(if found { 0 } else { word });
+            return found;
+        }
+        let head = Self::list(word);
+        let mut at = head;
+        let mut found = false;
+        while !at.is_null() && !found {
+            // SAFETY: every cell of the list is alive while the lock is held.
+            at = unsafe { &*at }.0.with_mut(|block| {
+                // SAFETY: the lock is held.
+                let block = unsafe { &mut *block };
+                // From the newest: what was mapped last is most often unmapped first.
+                match block.values[..block.used].iter().rposition(|v| *v == value) {
+                    Some(i) => {
+                        found = true;
+                        let last = Self::take_last(head, at, block);
+                        if let Some(last) = last {
+                            block.values[i] = last;
+                        }
+                        at
+                    }
+                    None => block.next,
+                }
+            });
+        }
+        self.finish(word);
+        found
+    }
+
+    /// Removes and returns any value.
+    pub(crate) fn pop(&self) -> Option<u64> {
+        let word = self.lock();
+        if word & LIST == 0 {
+            self.unlock(0);
+            return (word != 0).then_some(word >> 2);
+        }
+        // SAFETY: as in `remove`.
+        let value = unsafe { &*Self::list(word) }.0.with_mut(|block| {
+            // SAFETY: the lock is held.
+            let block = unsafe { &mut *block };
+            block.used -= 1;
+            block.values[block.used]
+        });
+        self.finish(word);
+        Some(value)
+    }
+
+    /// Calls `f` for every copy under the lock: `f` must be short and must not touch guest memory,
+    /// allocate, call back or lock.
+    pub(crate) fn for_each(&self, mut f: impl FnMut(u64)) {
+        let word = self.lock();
+        if word & LIST == 0 {
+            if word != 0 {
+                f(word >> 2);
+            }
+        } else {
+            let mut at = Self::list(word);
+            while !at.is_null() {
+                // SAFETY: as in `remove`.
+                at = unsafe { &*at }.0.with_mut(|block| {
+                    // SAFETY: the lock is held.
+                    let block = unsafe { &*block };
+                    block.values[..block.used].iter().for_each(|v| f(*v));
+                    block.next
+                });
+            }
+        }
+        self.unlock(word);
+    }
+
+    /// Number of copies of all values.
+    pub(crate) fn len(&self) -> usize {
+        let mut n = 0;
+        self.for_each(|_| n += 1);
+        n
+    }
+
+    /// Takes the last value of the list's first block out, to fill the hole that a removal in
+    /// `block` (at `at`) leaves; `None` if it was the removed value itself or in `block`'s end.
+    fn take_last(head: *mut Cell, at: *mut Cell, block: &mut Block) -> Option<u64> {
+        if head == at {
+            block.used -= 1;
+            return Some(block.values[block.used]);
+        }
+        // SAFETY: `head` is alive while the lock is held, and is not `block`.
+        unsafe { &*head }.0.with_mut(|first| {
+            // SAFETY: the lock is held; `first` and `block` are different blocks.
+            let first = unsafe { &mut *first };
+            first.used -= 1;
+            Some(first.values[first.used])
+        })
+    }
+
+    /// Unlocks a list whose first block may have become empty; frees that block.
+    fn finish(&self, word: u64) {
+        let head = Self::list(word);
+        // SAFETY: as in `remove`.
+        let (used, next) = unsafe { &*head }.0.with_mut(|block| {
+            // SAFETY: the lock is held.
+            let block = unsafe { &*block };
+            (block.used, block.next)
+        });
+        if used > 0 {
+            return self.unlock(word);
+        }
+        self.unlock(if next.is_null() { 0 } else { next as u64 | LIST });
+        // SAFETY: the block came from `Box::into_raw`; it was unlinked under the lock, and nobody
+        // looks at a list without the lock.
+        drop(unsafe { Box::from_raw(head) });
+    }
+
+    fn list(word: u64) -> *mut Cell {
+        (word & !FLAGS) as *mut Cell
+    }
+
+    /// Takes the lock; returns the word without it.
+    fn lock(&self) -> u64 {
+        let mut backoff = Backoff::default();
+        loop {
+            let word = self.0.load(Ordering::Relaxed) & !LOCKED;
+            if !rule!(R15) {
+                return self.0.load(Ordering::Acquire) & !LOCKED;
+            }
+            // Acquire pairs with the Release in `unlock`.
+            let locked = self.0.compare_exchange_weak(
+                word,
+                word | LOCKED,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            );
+            match locked {
+                Ok(_) => return word,
+                Err(_) => backoff.wait(),
+            }
+        }
+    }
+
+    fn unlock(&self, word: u64) {
+        // Release publishes the blocks and the word to the next `lock`.
+        self.0.store(word, Ordering::Release);
+    }
+}
+
+impl Drop for LocationSet {
+    fn drop(&mut self) {
+        while self.pop().is_some() {}
+    }
+}
+
+impl fmt::Debug for LocationSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LocationSet")
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn contents(set: &LocationSet) -> BTreeMap<u64, usize> {
+        let mut all = BTreeMap::new();
+        set.for_each(|v| *all.entry(v).or_insert(0) += 1);
+        all
+    }
+
+    #[test]
+    fn behaves_as_a_multiset() {
+        let set = LocationSet::default();
+        let mut oracle: BTreeMap<u64, usize> = BTreeMap::new();
+        let mut x = 1u64;
+        for _ in 0..20_000 {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            let v = x % 97 + 1;
+            if x & 0x1000 == 0 {
+                set.add(v);
+                *oracle.entry(v).or_insert(0) += 1;
+            } else {
+                let had = oracle.get(&v).is_some();
+                assert_eq!(set.remove(v), had);
+                if had {
+                    let n = oracle.get_mut(&v).unwrap();
+                    *n -= 1;
+                    if *n == 0 {
+                        oracle.remove(&v);
+                    }
+                }
+            }
+            assert_eq!(set.is_empty(), oracle.is_empty());
+        }
+        assert_eq!(contents(&set), oracle);
+        let mut left = 0;
+        while set.pop().is_some() {
+            left += 1;
+        }
+        assert_eq!(left, oracle.values().sum::<usize>());
+        assert!(set.is_empty());
+    }
+
+    #[test]
+    fn only_is_exact() {
+        let set = LocationSet::default();
+        assert_eq!(set.only(), None);
+        set.add(MAX_LOCATION);
+        assert_eq!(set.only(), Some(MAX_LOCATION));
+        set.add(3);
+        assert_eq!(set.only(), None);
+    }
+
+    #[test]
+    fn concurrent_updates_lose_nothing() {
+        let set = LocationSet::default();
+        std::thread::scope(|s| {
+            for t in 0..4u64 {
+                let set = &set;
+                s.spawn(move || {
+                    for round in 0..2_000u64 {
+                        for i in 0..5 {
+                            set.add(1 + t * 10 + i);
+                        }
+                        for i in 0..(5 - u64::from(round == 1_999)) {
+                            assert!(set.remove(1 + t * 10 + i));
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(contents(&set).keys().copied().collect::<Vec<_>>(), [5, 15, 25, 35]);
+    }
+}
