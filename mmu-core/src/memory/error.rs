@@ -57,6 +57,16 @@ pub enum SlotError {
         /// The slot that has it.
         other: SlotId,
     },
+    /// The backing overlaps the memory of the shadow tables: the guest could write them.
+    #[error("{id}: machine memory at {machine} overlaps the shadow tables at {tables}")]
+    OverlapsTables {
+        /// The slot asked for.
+        id: SlotId,
+        /// Machine address of the backing.
+        machine: Machine,
+        /// First machine address of the tables.
+        tables: Machine,
+    },
     /// The machine address of the backing is not a page, or lies outside the 52 bits that a page
     /// table entry can hold.
     #[error("{id}: the backing's machine address {machine} is misaligned or above 52 bits")]

@@ -38,6 +38,15 @@ impl MemoryMap {
         Self { generation: 0, slots: [].into(), by_machine: [].into(), life: Life::default() }
     }
 
+    /// A map of these slots, for readers that have no engine: memory images, tests, debuggers.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the first slot that does not fit.
+    pub fn build(slots: impl IntoIterator<Item = SlotConfig>) -> Result<Self, SlotError> {
+        slots.into_iter().try_fold(Self::empty(), |map, slot| map.with(slot))
+    }
+
     /// The map with one slot more.
     pub(crate) fn with(&self, config: SlotConfig) -> Result<Self, SlotError> {
         let id = config.id;
@@ -208,7 +217,7 @@ fn words_of(offset: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, u64, u64)> 
 }
 
 /// Stores the bytes under `mask`; the others keep what a vCPU may be writing to them.
-fn store_masked(cell: &AtomicU64, value: u64, mask: u64) {
+pub(crate) fn store_masked(cell: &AtomicU64, value: u64, mask: u64) {
     if mask == u64::MAX {
         // Release: a vCPU that sees the word sees what was written before it.
         return cell.store(value, Ordering::Release);

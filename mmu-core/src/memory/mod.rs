@@ -14,8 +14,10 @@ mod slot;
 #[cfg(all(feature = "vm-memory", not(loom)))]
 mod vm_memory;
 
+pub(crate) use backing::PAGE_WORDS;
 pub use backing::{AllocatedMemory, Backing};
 pub use error::SlotError;
+pub(crate) use map::store_masked;
 pub use map::{Hint, MemoryMap};
 pub use slot::{Slot, SlotConfig, SlotId};
 #[cfg(all(feature = "vm-memory", not(loom)))]

@@ -180,11 +180,6 @@ impl Slot {
         (gfn.0 - self.base.0) as usize
     }
 
-    /// Guest frame of the page with this index.
-    pub(crate) fn gfn(&self, index: usize) -> Gfn {
-        Gfn(self.base.0 + index as u64)
-    }
-
     /// Machine address of the page with this index.
     #[inline]
     pub(crate) fn machine_of(&self, index: usize) -> Machine {

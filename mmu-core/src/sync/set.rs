@@ -125,10 +125,7 @@ impl LocationSet {
                 match block.values[..block.used].iter().rposition(|v| *v == value) {
                     Some(i) => {
                         found = true;
-                        let last = Self::take_last(head, at, block);
-                        if let Some(last) = last {
-                            block.values[i] = last;
-                        }
+                        block.values[i] = Self::take_last(head, at, block);
                         at
                     }
                     None => block.next,
@@ -139,22 +136,27 @@ impl LocationSet {
         found
     }
 
-    /// Removes and returns any value.
-    pub(crate) fn pop(&self) -> Option<u64> {
-        let word = self.lock();
-        if word & LIST == 0 {
-            self.unlock(0);
-            return (word != 0).then_some(word >> 2);
+    /// A copy of the contents.
+    pub(crate) fn to_vec(&self) -> Vec<u64> {
+        if self.is_empty() {
+            return Vec::new();
         }
-        // SAFETY: as in `remove`.
-        let value = unsafe { &*Self::list(word) }.0.with_mut(|block| {
-            // SAFETY: the lock is held.
-            let block = unsafe { &mut *block };
-            block.used -= 1;
-            block.values[block.used]
-        });
-        self.finish(word);
-        Some(value)
+        let mut room = 4;
+        loop {
+            let mut copy = Vec::with_capacity(room);
+            let mut len = 0;
+            self.for_each(|value| {
+                // Never allocate under the lock.
+                if len < room {
+                    copy.push(value);
+                }
+                len += 1;
+            });
+            if len <= room {
+                return copy;
+            }
+            room = len * 2;
+        }
     }
 
     /// Calls `f` for every copy under the lock: `f` must be short and must not touch guest memory,
@@ -180,26 +182,19 @@ impl LocationSet {
         self.unlock(word);
     }
 
-    /// Number of copies of all values.
-    pub(crate) fn len(&self) -> usize {
-        let mut n = 0;
-        self.for_each(|_| n += 1);
-        n
-    }
-
     /// Takes the last value of the list's first block out, to fill the hole that a removal in
-    /// `block` (at `at`) leaves; `None` if it was the removed value itself or in `block`'s end.
-    fn take_last(head: *mut Cell, at: *mut Cell, block: &mut Block) -> Option<u64> {
+    /// `block` (at `at`) leaves.
+    fn take_last(head: *mut Cell, at: *mut Cell, block: &mut Block) -> u64 {
         if head == at {
             block.used -= 1;
-            return Some(block.values[block.used]);
+            return block.values[block.used];
         }
         // SAFETY: `head` is alive while the lock is held, and is not `block`.
         unsafe { &*head }.0.with_mut(|first| {
             // SAFETY: the lock is held; `first` and `block` are different blocks.
             let first = unsafe { &mut *first };
             first.used -= 1;
-            Some(first.values[first.used])
+            first.values[first.used]
         })
     }
 
@@ -255,7 +250,14 @@ impl LocationSet {
 
 impl Drop for LocationSet {
     fn drop(&mut self) {
-        while self.pop().is_some() {}
+        let word = self.lock();
+        let mut at = if word & LIST != 0 { Self::list(word) } else { core::ptr::null_mut() };
+        while !at.is_null() {
+            // SAFETY: the blocks came from `Box::into_raw`, and `&mut self` makes them ours.
+            let cell = unsafe { Box::from_raw(at) };
+            // SAFETY: as above.
+            at = cell.0.with_mut(|block| unsafe { (*block).next });
+        }
     }
 }
 
@@ -303,12 +305,10 @@ mod tests {
             assert_eq!(set.is_empty(), oracle.is_empty());
         }
         assert_eq!(contents(&set), oracle);
-        let mut left = 0;
-        while set.pop().is_some() {
-            left += 1;
-        }
-        assert_eq!(left, oracle.values().sum::<usize>());
-        assert!(set.is_empty());
+        let copy = set.to_vec();
+        assert_eq!(copy.len(), oracle.values().sum::<usize>());
+        assert!(copy.into_iter().all(|value| set.remove(value)));
+        assert!(set.is_empty() && set.to_vec().is_empty());
     }
 
     #[test]

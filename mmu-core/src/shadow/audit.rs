@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The audit: compares the whole shadow with the guest's tables and with itself.
+
+use super::frames::{FrameId, Location, PROTECTED, state};
+use super::role::Key;
+use super::spte::Spte;
+use super::{Engine, Role};
+use crate::addr::{ENTRIES, Gfn, INDEX_BITS, PAGE_SHIFT};
+use crate::memory::{Hint, MemoryMap, Slot};
+use crate::paging::bits;
+use crate::sync::epoch::Guard;
+use crate::sync::{LocationSet, Ordering};
+use std::collections::BTreeMap;
+
+/// What a clean audit counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct AuditReport {
+    /// Present leaf entries.
+    pub sptes: u64,
+    /// Live shadow pages.
+    pub pages: u64,
+    /// Retired pages whose frames are not free yet.
+    pub retired: u64,
+}
+
+/// The first disagreement that an audit found.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Disagreement {
+    /// Operations are in flight: the audit needs a quiescent engine.
+    #[error("{0} narrowings are in flight: the engine is not quiescent")]
+    NotQuiescent(u64),
+    /// A live page is not found by its key, or the hash finds one that is not live.
+    #[error("the hash and the page in frame {frame} (guest frame {gfn}) disagree")]
+    Hash {
+        /// The page's frame.
+        frame: u32,
+        /// What it shadows.
+        gfn: Gfn,
+    },
+    /// An entry is pending or frozen although nothing is in flight.
+    #[error("{at:?} of a page at level {level} holds {value:#x}, left by an unfinished operation")]
+    Unfinished {
+        /// The entry.
+        at: Location,
+        /// The page's level.
+        level: u8,
+        /// The entry's value.
+        value: u64,
+    },
+    /// An entry maps what the guest's tables or the memory map do not grant.
+    #[error("{at:?} of a page at level {level} holds {value:#x}: {why}")]
+    Entry {
+        /// The entry.
+        at: Location,
+        /// The page's level.
+        level: u8,
+        /// The entry's value.
+        value: u64,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A reverse map, a list of parents or of shadows does not match the entries.
+    #[error("{list} of {owner:#x} holds {listed} links to {location:?}, the tables {present}")]
+    Links {
+        /// Which list.
+        list: &'static str,
+        /// Guest frame or table frame that the list belongs to.
+        owner: u64,
+        /// The entry that the list names.
+        location: Location,
+        /// How often the list names it.
+        listed: usize,
+        /// How often it should.
+        present: usize,
+    },
+    /// A page that was torn down still has something in it or pointing at it.
+    #[error("frame {frame} was torn down, but {why}")]
+    Dead {
+        /// The frame.
+        frame: u32,
+        /// What is left.
+        why: &'static str,
+    },
+}
+
+/// Which list, whose, which entry.
+type Link = (&'static str, u64, Location);
+
+struct Audit<'a> {
+    engine: &'a Engine,
+    map: &'a MemoryMap,
+    hint: Hint,
+    /// Links that the tables say there should be.
+    expected: BTreeMap<Link, usize>,
+    report: AuditReport,
+}
+
+impl Engine {
+    /// Checks every entry, link and count. The engine must be quiescent: no operation in flight on
+    /// any thread, every vCPU outside the guest.
+    pub(crate) fn audit(&self, guard: &Guard<'_>) -> Result<AuditReport, Disagreement> {
+        let in_flight = self.flush.in_flight();
+        if in_flight != 0 {
+            return Err(Disagreement::NotQuiescent(in_flight));
+        }
+        let mut audit = Audit {
+            engine: self,
+            map: self.memory.load(guard),
+            hint: Hint::default(),
+            expected: BTreeMap::new(),
+            report: AuditReport::default(),
+        };
+        for (frame, page) in self.frames.used() {
+            match page.state.load(Ordering::Acquire) {
+                state::LIVE => audit.live(frame, page.key())?,
+                state::RETIRED | state::ZAPPING => audit.dead(frame)?,
+                _ => {}
+            }
+        }
+        for (key, frame) in self.pages.entries() {
+            let page = self.frames.page(frame);
+            if !page.is_live() || page.key() != key {
+                return Err(Disagreement::Hash { frame: frame.0, gfn: key.gfn() });
+            }
+        }
+        audit.links()?;
+        Ok(audit.report)
+    }
+}
+
+impl Audit<'_> {
+    fn live(&mut self, frame: FrameId, key: Key) -> Result<(), Disagreement> {
+        self.report.pages += 1;
+        if self.engine.pages.get(&key) != Some(frame) {
+            return Err(Disagreement::Hash { frame: frame.0, gfn: key.gfn() });
+        }
+        let role = key.role();
+        if !role.is_direct() {
+            let Some(slot) = self.map.slot(key.gfn(), &self.hint) else {
+                return Err(Disagreement::Dead { frame: frame.0, why: "shadows no memory" });
+            };
+            let owner = slot.machine_of(slot.index_of(key.gfn())).0;
+            self.expect("shadows", owner, Location::from_word(u64::from(frame.0) + 1));
+        }
+        for index in 0..ENTRIES {
+            let at = Location::new(frame, index);
+            let spte = self.engine.entry(at);
+            if spte == Spte::EMPTY || self.engine.is_reserved(frame, index) {
+                continue;
+            }
+            if !spte.is_present() {
+                let level = role.level();
+                return Err(Disagreement::Unfinished { at, level, value: spte.0 });
+            }
+            let page = self.engine.frames.page(frame);
+            let protected = page.protected.load(Ordering::Relaxed) == PROTECTED.0;
+            let wrong = if !protected {
+                Some("its guest table is not write-protected yet")
+            } else if role.level() > 1 {
+                self.table(at, spte, key)
+            } else {
+                self.report.sptes += 1;
+                self.leaf(at, spte, key)
+            };
+            if let Some(why) = wrong {
+                return Err(Disagreement::Entry { at, level: role.level(), value: spte.0, why });
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest's entry behind an entry of an indirect page.
+    fn guest_entry(&self, key: Key, index: usize) -> Option<u64> {
+        let gpa = key.gfn().gpa().wrapping_add(index as u64 * 8);
+        Some(self.map.word(gpa, &self.hint)?.load(Ordering::Acquire))
+    }
+
+    fn table(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {
+        let Some(child) = self.engine.frames.frame_at(spte.machine()) else {
+            return Some("points outside the tables");
+        };
+        self.expect("parents", u64::from(child.0), at);
+        let below = self.engine.frames.page(child);
+        if !below.is_live() {
+            return Some("points at a dead page");
+        }
+        let (role, below) = (key.role(), below.key());
+        let covered = INDEX_BITS * (u32::from(role.level()) - 1);
+        if role.is_direct() {
+            let gfn = Gfn(key.gfn().0 + ((at.index() as u64) << covered));
+            let same = below.role() == role.child(role.writes(), role.user(), role.executes());
+            return (below.gfn() != gfn || !same).then_some("points at another stretch");
+        }
+        let Some(guest) = self.guest_entry(key, at.index()) else {
+            return Some("its guest table lies in no slot");
+        };
+        if guest & (bits::P | bits::A) != bits::P | bits::A {
+            return Some("the guest's entry is not present and accessed");
+        }
+        let large = guest & bits::PS != 0 && matches!(role.level(), 2 | 3);
+        let rights = child_role(role, guest);
+        let expected = if large {
+            let write = rights.writes() && guest & bits::D != 0;
+            let role = role.child(write, rights.user(), rights.executes()).direct();
+            let pages = (1u64 << covered) - 1;
+            Key::new(Gfn((guest & bits::ADDR) >> PAGE_SHIFT & !pages), role)
+        } else {
+            Key::new(Gfn((guest & bits::ADDR) >> PAGE_SHIFT), rights)
+        };
+        (below != expected).then_some("points at a page for another table or role")
+    }
+
+    fn leaf(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {
+        let role = key.role();
+        let (gfn, rights, dirty) = if role.is_direct() {
+            (Gfn(key.gfn().0 + at.index() as u64), role, true)
+        } else {
+            let Some(guest) = self.guest_entry(key, at.index()) else {
+                return Some("its guest table lies in no slot");
+            };
+            if guest & (bits::P | bits::A) != bits::P | bits::A {
+                return Some("the guest's entry is not present and accessed");
+            }
+            let gfn = Gfn((guest & bits::ADDR) >> PAGE_SHIFT);
+            (gfn, leaf_rights(role, guest), guest & bits::D != 0)
+        };
+        let Some(slot) = self.map.slot(gfn, &self.hint) else {
+            return Some("maps a frame without memory");
+        };
+        let index = slot.index_of(gfn);
+        if slot.machine_of(index) != spte.machine() {
+            return Some("maps another page than the guest's entry");
+        }
+        self.expect("rmap", slot.machine_of(index).0, at);
+        let regime = role.regime();
+        if regime.is_user() && !rights.user() {
+            return Some("lets the user reach a supervisor page");
+        }
+        if spte.is_executable() && !rights.executes() {
+            return Some("is executable, the guest's entries are not");
+        }
+        if !spte.is_writable() {
+            return None;
+        }
+        let granted = rights.writes() || (!regime.is_user() && !regime.write_protects());
+        let tracked = slot.state().shadows.get(index).is_some_and(|s| !s.is_empty());
+        if !granted {
+            Some("is writable, the guest's entries are not")
+        } else if !dirty {
+            Some("is writable, the guest's entry is not dirty")
+        } else if tracked {
+            Some("is writable, but maps a shadowed guest table")
+        } else if slot.is_read_only() {
+            Some("is writable, the slot is not")
+        } else if slot.logs_dirty() && !slot.is_dirty(index) {
+            Some("is writable, but the page is not in the dirty log")
+        } else {
+            None
+        }
+    }
+
+    fn dead(&mut self, frame: FrameId) -> Result<(), Disagreement> {
+        self.report.retired += 1;
+        let page = self.engine.frames.page(frame);
+        let dead = |why| Err(Disagreement::Dead { frame: frame.0, why });
+        if !page.parents.is_empty() {
+            return dead("entries still point at it");
+        }
+        for index in (0..ENTRIES).filter(|index| !self.engine.is_reserved(frame, *index)) {
+            if self.engine.entry(Location::new(frame, index)).is_present() {
+                return dead("it maps something: R05");
+            }
+        }
+        Ok(())
+    }
+
+    fn expect(&mut self, list: &'static str, owner: u64, location: Location) {
+        *self.expected.entry((list, owner, location)).or_insert(0) += 1;
+    }
+
+    /// Compares the lists with what the entries say they should be, both ways.
+    fn links(&mut self) -> Result<(), Disagreement> {
+        let mut listed: BTreeMap<Link, usize> = BTreeMap::new();
+        let mut count = |list: &'static str, owner: u64, set: &LocationSet| {
+            set.for_each(|word| {
+                *listed.entry((list, owner, Location::from_word(word))).or_insert(0) += 1;
+            });
+        };
+        for slot in self.map.slots() {
+            let lists = |slot: &Slot, count: &mut dyn FnMut(&'static str, u64, &LocationSet)| {
+                for (index, rmap) in slot.state().rmap.iter() {
+                    count("rmap", slot.machine_of(index).0, rmap);
+                }
+                for (index, shadows) in slot.state().shadows.iter() {
+                    count("shadows", slot.machine_of(index).0, shadows);
+                }
+            };
+            lists(slot, &mut count);
+        }
+        for (frame, page) in self.engine.frames.used() {
+            count("parents", u64::from(frame.0), &page.parents);
+        }
+        let differing = |link: &&Link| listed.get(*link) != self.expected.get(*link);
+        match self.expected.keys().chain(listed.keys()).find(differing) {
+            None => Ok(()),
+            Some(link @ (list, owner, location)) => Err(Disagreement::Links {
+                list,
+                owner: *owner,
+                location: *location,
+                listed: listed.get(link).copied().unwrap_or(0),
+                present: self.expected.get(link).copied().unwrap_or(0),
+            }),
+        }
+    }
+}
+
+/// The rights through a guest entry.
+fn leaf_rights(role: Role, guest: u64) -> Role {
+    let write = role.writes() && guest & bits::RW != 0;
+    let user = role.user() && guest & bits::US != 0;
+    // Without EFER.NXE bit 63 is reserved, and an entry that has it is never mapped.
+    let execute = role.executes() && guest & bits::NX == 0;
+    role.with_access(write, user, execute)
+}
+
+/// The role of the table behind a guest entry.
+fn child_role(role: Role, guest: u64) -> Role {
+    let rights = leaf_rights(role, guest);
+    role.child(rights.writes(), rights.user(), rights.executes())
+}

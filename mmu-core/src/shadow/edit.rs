@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Writes to guest memory that the engine does itself, and what they mean for the shadow.
+
+use super::{Engine, FrameId, Location, Stats};
+use crate::addr::{ENTRIES, Gpa, PAGE_SIZE};
+use crate::memory::{Hint, MemoryMap};
+use crate::sync::epoch::Guard;
+use crate::sync::{Ordering, fence, rule};
+
+impl Engine {
+    /// Writes guest-physical memory, tells the shadow and the dirty log. Returns how many bytes
+    /// could be written before the first one that lies in no slot.
+    pub(crate) fn write_phys(
+        &self,
+        stats: &Stats,
+        guard: &Guard<'_>,
+        map: &MemoryMap,
+        gpa: Gpa,
+        bytes: &[u8],
+    ) -> usize {
+        let done = map.write(gpa, bytes);
+        self.guest_wrote(stats, guard, map, gpa, done as u64);
+        done
+    }
+
+    /// Compares and exchanges an aligned 8-byte word of guest memory, as one step with respect to
+    /// every vCPU. `None` if it lies in no slot.
+    pub(crate) fn cmpxchg_phys(
+        &self,
+        stats: &Stats,
+        guard: &Guard<'_>,
+        map: &MemoryMap,
+        gpa: Gpa,
+        old: u64,
+        new: u64,
+    ) -> Option<Result<(), u64>> {
+        let hint = Hint::default();
+        let slot = map.slot(gpa.gfn(), &hint)?;
+        let index = slot.index_of(gpa.gfn());
+        // AcqRel: a locked instruction orders everything around it.
+        let result = slot.word(index, gpa.page_offset())?.compare_exchange(
+            old,
+            new,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+        if result.is_ok() {
+            slot.mark_dirty(index);
+            self.guest_wrote(stats, guard, map, gpa, 8);
+        }
+        Some(result.map(drop))
+    }
+
+    /// Drops the shadow entries made from guest entries in the `len` bytes at `gpa`, which were
+    /// just written. No vCPU is interrupted: architecturally a translation may be used until its
+    /// vCPU invalidates it (SDM vol. 3, 5.10.4), and each drains before it enters the guest.
+    fn guest_wrote(&self, stats: &Stats, guard: &Guard<'_>, map: &MemoryMap, gpa: Gpa, len: u64) {
+        // R2: own store, fence, foreign load. Pairs with the fence of the fault between its
+        // reservation and its second look at the guest's entry.
+        if rule!(R02) {
+            fence(Ordering::SeqCst);
+        }
+        let hint = Hint::default();
+        let end = gpa.0 + len;
+        let mut at = gpa.0;
+        while at < end {
+            let page_end = (at & !(PAGE_SIZE - 1)).saturating_add(PAGE_SIZE).min(end);
+            let gfn = Gpa(at).gfn();
+            let shadows = map
+                .slot(gfn, &hint)
+                .and_then(|slot| slot.state().shadows.get(slot.index_of(gfn)))
+                .filter(|shadows| !shadows.is_empty());
+            if let Some(shadows) = shadows {
+                stats.mmu_pte_write.bump();
+                let first = (at % PAGE_SIZE / 8) as usize;
+                let last = ((page_end - 1) % PAGE_SIZE / 8) as usize;
+                let mut narrowing = self.flush.narrow();
+                for frame in shadows.to_vec() {
+                    let frame = FrameId((frame - 1) as u32);
+                    for index in first..=last.min(ENTRIES - 1) {
+                        let entry = Location::new(frame, index);
+                        if self.is_reserved(frame, index) {
+                            continue;
+                        }
+                        if self.drop_entry(guard, &mut narrowing, entry, |_| false) {
+                            stats.mmu_pte_zapped.bump();
+                        }
+                    }
+                }
+            }
+            at = page_end;
+        }
+    }
+
+    /// Whether the entry belongs to the consumer.
+    pub(super) fn is_reserved(&self, frame: FrameId, index: usize) -> bool {
+        self.reserved.is_some_and(|(reserved, _)| reserved == index)
+            && self.frames.page(frame).key().role().level() == crate::addr::LEVELS
+    }
+}

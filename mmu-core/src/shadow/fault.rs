@@ -1,0 +1,546 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The fault: from a guest-virtual address to a present entry.
+//!
+//! One read section, one memory map (R31), no lock around it. Each link and each leaf is made by
+//! the same steps:
+//!
+//! 1. *reserve*: exchange the entry from empty to pending, with a tag of this fault;
+//! 2. *link*: add the entry to the page's reverse map, or to the child's parents;
+//! 3. *fence*;
+//! 4. *re-check* what could have changed since the walk: the guest's entry, the child's
+//!    lifecycle, whether the page became a guest table;
+//! 5. *publish*: exchange pending for present. If anything interfered, that fails, and the fault
+//!    takes its own link back and starts again.
+//!
+//! A fault never waits for another processor: it returns a [`Stall`] that the vCPU's loop waits
+//! for, outside any read section.
+
+use super::flush::Generation;
+use super::frames::{FrameId, Location, PROTECTED, UNPROTECTED};
+use super::role::{Key, Regime, Role};
+use super::spte::Spte;
+use super::stats::Stats;
+use super::{Context, Engine, index};
+use crate::addr::{Gfn, Gpa, Gva, INDEX_BITS};
+use crate::memory::{MemoryMap, Slot};
+use crate::paging::{Access, Fault, Kind, PagingMode, Path, Step, Walk, bits};
+use crate::sync::epoch::Guard;
+use crate::sync::{Backoff, LocationSet, Ordering, fence, rule};
+
+/// How often a fault starts again before it lets the vCPU try the access first.
+const RESTARTS: u32 = 16;
+
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The entry is there now: let the vCPU repeat the access.
+    Fixed,
+    /// The guest's own tables forbid the access: deliver the fault to the guest.
+    Guest(Fault),
+    /// A write to a page that the engine shadows as a guest page table: emulate the instruction
+    /// and write through [`crate::vcpu::Vcpu::write`].
+    Emulate {
+        /// Guest-physical address of the access.
+        gpa: Gpa,
+    },
+    /// No memslot there, or a write to a read-only one: the VMM's to emulate.
+    Mmio {
+        /// Guest-physical address of the access.
+        gpa: Gpa,
+    },
+}
+
+/// Something to wait for, outside any read section, before the operation is tried again:
+/// [`crate::vcpu::Vcpu::must_wait`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Stall {
+    /// Every vCPU must have stopped using what was narrowed up to this generation.
+    Flush(Generation),
+    /// Table frames ran out; some come back when every vCPU has drained this generation inside
+    /// the guest, and read sections have ended.
+    Frames(Generation),
+}
+
+/// Why an attempt did not succeed.
+enum Retry {
+    Again,
+    Stall(Stall),
+}
+
+/// The vCPU's side of a fault.
+pub(crate) struct FaultInfo {
+    pub(crate) mode: PagingMode,
+    pub(crate) regime: Regime,
+    pub(crate) root: FrameId,
+    pub(crate) gva: Gva,
+    pub(crate) access: Access,
+}
+
+/// One attempt at one fault.
+struct Attempt<'a> {
+    engine: &'a Engine,
+    context: &'a Context,
+    stats: &'a Stats,
+    guard: &'a Guard<'a>,
+    map: &'a MemoryMap,
+    info: &'a FaultInfo,
+}
+
+impl Engine {
+    /// Serves a fault.
+    pub(crate) fn fault(
+        &self,
+        context: &Context,
+        stats: &Stats,
+        info: &FaultInfo,
+    ) -> Result<Outcome, Stall> {
+        let mut guard = context.handle.pin();
+        for _ in 0..RESTARTS {
+            let attempt = Attempt {
+                engine: self,
+                context,
+                stats,
+                guard: &guard,
+                map: self.memory.load(&guard),
+                info,
+            };
+            match attempt.run() {
+                Ok(outcome) => return Ok(outcome),
+                Err(Retry::Again) => stats.pf_restart.bump(),
+                Err(Retry::Stall(stall)) => {
+                    stats.pf_retry.bump();
+                    return Err(stall);
+                }
+            }
+            guard.repin();
+        }
+        // Others keep changing what this fault needs: whatever the access meets now, it meets in
+        // some order with them.
+        stats.pf_spurious.bump();
+        Ok(Outcome::Fixed)
+    }
+
+    /// The root page for a table at `gfn`; it may be dead by the time the caller has it.
+    pub(crate) fn root_page(
+        &self,
+        context: &Context,
+        stats: &Stats,
+        mode: &PagingMode,
+        regime: Regime,
+    ) -> Result<Option<FrameId>, Stall> {
+        let guard = context.handle.pin();
+        let map = self.memory.load(&guard);
+        let key = Key::new(mode.root(), Role::root(mode.levels(), regime));
+        match self.get_or_make(context, stats, &guard, map, key) {
+            Ok(frame) => Ok(Some(frame)),
+            Err(Retry::Again) => Ok(None),
+            Err(Retry::Stall(stall)) => Err(stall),
+        }
+    }
+
+    fn get_or_make(
+        &self,
+        context: &Context,
+        stats: &Stats,
+        guard: &Guard<'_>,
+        map: &MemoryMap,
+        key: Key,
+    ) -> Result<FrameId, Retry> {
+        let mut backoff = Backoff::default();
+        let mut made = None;
+        loop {
+            if let Some(frame) = self.pages.get(&key) {
+                // In the hash within this read section, so the frame has not been reused.
+                if self.frames.page(frame).is_live() {
+                    if let Some(spare) = made {
+                        // R06: the loser of a race drops its own page.
+                        stats.mmu_cache_race.bump();
+                        self.zap(guard, spare);
+                    }
+                    return Ok(frame);
+                }
+                // Being torn down: help it out of the hash.
+                self.pages.remove_if_equal(&key, frame);
+                backoff.wait();
+                continue;
+            }
+            let frame = match made {
+                Some(frame) => frame,
+                None => {
+                    let frame = self.frame_for(guard).map_err(Retry::Stall)?;
+                    self.populate(context, map, key, frame)?;
+                    made = Some(frame);
+                    frame
+                }
+            };
+            // R06: insert if absent.
+            if self.pages.insert_if_absent(key, frame).is_ok() {
+                if !self.frames.page(frame).is_live() {
+                    // A slot's removal found it by its guest frame before it was in the hash.
+                    self.pages.remove_if_equal(&key, frame);
+                    return Err(Retry::Again);
+                }
+                stats.mmu_cache_miss.bump();
+                return Ok(frame);
+            }
+        }
+    }
+
+    /// Makes a page of a fresh frame, not yet in the hash.
+    fn populate(
+        &self,
+        context: &Context,
+        map: &MemoryMap,
+        key: Key,
+        frame: FrameId,
+    ) -> Result<(), Retry> {
+        let role = key.role();
+        if role.is_direct() {
+            self.frames.claim(frame, key, crate::addr::Machine(0));
+            self.frames.page(frame).protected.store(PROTECTED.0, Ordering::Relaxed);
+        } else {
+            let Some(slot) = map.slot(key.gfn(), &context.hint) else {
+                // The table itself lies outside memory now; the walk will say so.
+                self.frames.release(frame);
+                return Err(Retry::Again);
+            };
+            let index = slot.index_of(key.gfn());
+            self.frames.claim(frame, key, slot.machine_of(index));
+            // From here on no fault makes the guest table writable (R2), and guest writes to it
+            // find this page.
+            slot.state().shadows.get_or_alloc(index).add(u64::from(frame.0) + 1);
+        }
+        if let Some((index, value)) =
+            self.reserved.filter(|_| key.role().level() == crate::addr::LEVELS)
+        {
+            let at = Location::new(frame, index);
+            self.frames.entry(at).store(value, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// A free frame; else what to wait for.
+    fn frame_for(&self, guard: &Guard<'_>) -> Result<FrameId, Stall> {
+        if let Some(frame) = self.frames.allocate() {
+            return Ok(frame);
+        }
+        guard.flush();
+        let (freed, waits) = self.frames.reclaim(|g| self.flush.drained(g, false));
+        if freed {
+            if let Some(frame) = self.frames.allocate() {
+                return Ok(frame);
+            }
+        }
+        Err(Stall::Frames(waits.unwrap_or_else(|| self.recycle(guard))))
+    }
+
+    /// R1: before anything is derived from the guest table of `frame`, no processor may be able to
+    /// write it. Any fault that finds the table unprotected does the work, so that one that stopped
+    /// half-way stops nobody.
+    fn ensure_protected(
+        &self,
+        context: &Context,
+        stats: &Stats,
+        map: &MemoryMap,
+        frame: FrameId,
+    ) -> Result<(), Retry> {
+        let page = self.frames.page(frame);
+        // Acquire pairs with the Release below.
+        let mut generation = Generation(page.protected.load(Ordering::Acquire));
+        if generation == PROTECTED {
+            return Ok(());
+        }
+        if generation == UNPROTECTED {
+            let gfn = page.key().gfn();
+            let slot = map.slot(gfn, &context.hint).ok_or(Retry::Again)?;
+            // R2: own store (the shadow's presence), fence, foreign load (the rmap). Pairs with
+            // the fence of the fault that links a writable entry.
+            if rule!(R02) {
+                fence(Ordering::SeqCst);
+            }
+            generation = self.protect_for(slot, slot.index_of(gfn), stats);
+            // The first generation that covers a scan is as good as any other's.
+            let (old, new) = (UNPROTECTED.0, generation.0);
+            if let Err(theirs) =
+                page.protected.compare_exchange(old, new, Ordering::Release, Ordering::Acquire)
+            {
+                generation = Generation(theirs);
+            }
+        }
+        if rule!(R01) && generation != PROTECTED {
+            if !self.flush.acknowledged(generation, false) {
+                return Err(Retry::Stall(Stall::Flush(generation)));
+            }
+            page.protected.store(PROTECTED.0, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+/// What the guest's entries on the way down grant so far.
+#[derive(Clone, Copy)]
+struct Granted {
+    write: bool,
+    user: bool,
+    execute: bool,
+}
+
+impl Granted {
+    fn through(self, value: u64) -> Self {
+        Self {
+            write: self.write && value & bits::RW != 0,
+            user: self.user && value & bits::US != 0,
+            execute: self.execute && value & bits::NX == 0,
+        }
+    }
+}
+
+impl Attempt<'_> {
+    fn run(&self) -> Result<Outcome, Retry> {
+        let FaultInfo { mode, root, gva, access, .. } = *self.info;
+        let mut path = Path::default();
+        let walk = match mode.walk_path(self.map, &self.context.hint, gva, access, &mut path) {
+            Ok(walk) => walk,
+            Err(fault) => {
+                self.stats.pf_guest.bump();
+                return Ok(Outcome::Guest(fault));
+            }
+        };
+        let gfn = walk.gpa.gfn();
+        let write = access.kind == Kind::Write;
+        let slot = self.map.slot(gfn, &self.context.hint);
+        let Some(slot) = slot.filter(|slot| !(write && slot.is_read_only())) else {
+            self.stats.pf_mmio.bump();
+            return Ok(Outcome::Mmio { gpa: walk.gpa });
+        };
+
+        let mut granted = Granted { write: true, user: true, execute: true };
+        let mut page = root;
+        let mut step = None;
+        for level in (2..=mode.levels()).rev() {
+            // Below a large guest page there are no guest entries: direct pages fill the gap.
+            step = path.steps().iter().find(|s| s.level == level);
+            if let Some(step) = step {
+                granted = granted.through(step.value);
+            }
+            page = self.descend(page, level, &walk, step, granted)?;
+        }
+        if walk.level == 1 {
+            step = path.steps().iter().find(|s| s.level == 1);
+        }
+        let last = step.filter(|s| s.level == 1);
+        self.install(page, slot, &walk, last, write)
+    }
+
+    /// The shadow table below `page` on the way to the address; makes and links it if need be.
+    fn descend(
+        &self,
+        page: FrameId,
+        level: u8,
+        walk: &Walk,
+        step: Option<&Step>,
+        granted: Granted,
+    ) -> Result<FrameId, Retry> {
+        let engine = self.engine;
+        engine.ensure_protected(self.context, self.stats, self.map, page)?;
+        let role = engine.frames.page(page).key().role();
+        let key = match step {
+            Some(step) if level > walk.level => {
+                let role = role.child(granted.write, granted.user, granted.execute);
+                Key::new(Gfn((step.value & bits::ADDR) >> crate::addr::PAGE_SHIFT), role)
+            }
+            _ => {
+                // R35: writable below only if the guest's entry has D.
+                let write = walk.rights.write && walk.dirty;
+                let role = role.child(write, walk.rights.user, walk.rights.execute).direct();
+                let pages = 1 << (INDEX_BITS * (u32::from(level) - 1));
+                Key::new(Gfn(walk.gpa.gfn().0 & !(pages - 1)), role)
+            }
+        };
+        let at = Location::new(page, index(self.info.gva, level));
+        let mut backoff = Backoff::default();
+        loop {
+            let old = engine.entry(at);
+            if old.is_present() {
+                let child = engine.frames.frame_at(old.machine()).ok_or(Retry::Again)?;
+                let below = engine.frames.page(child);
+                if below.key() == key && below.is_live() {
+                    return Ok(child);
+                }
+                // Made from an entry that the guest has changed since, or dying.
+                let mut narrowing = engine.flush.narrow();
+                engine.drop_entry(self.guard, &mut narrowing, at, |now| now != old);
+                continue;
+            }
+            if old == Spte::FROZEN {
+                return Err(Retry::Again);
+            }
+            if old.is_pending() && !backoff.is_long() {
+                backoff.wait();
+                continue;
+            }
+            let child = engine.get_or_make(self.context, self.stats, self.guard, self.map, key)?;
+            let below = engine.frames.page(child);
+            let spte = Spte::table(engine.frames.machine(child));
+            let fresh = || {
+                // R17: the child may have been marked since; who marks it walks its parents, this
+                // entry included, after a fence.
+                (!rule!(R17) || below.is_live()) && self.unchanged(step, false)
+            };
+            if self.publish(at, old, &below.parents, || fresh().then_some(spte)) {
+                return Ok(child);
+            }
+            return Err(Retry::Again);
+        }
+    }
+
+    /// Makes the leaf entry.
+    fn install(
+        &self,
+        page: FrameId,
+        slot: &Slot,
+        walk: &Walk,
+        step: Option<&Step>,
+        write: bool,
+    ) -> Result<Outcome, Retry> {
+        let engine = self.engine;
+        engine.ensure_protected(self.context, self.stats, self.map, page)?;
+        let index = slot.index_of(walk.gpa.gfn());
+        let machine = slot.machine_of(index);
+        let allowed = self.info.mode.allowed(walk.rights, self.info.regime.is_user());
+        // R35: writable only if the guest's entry has D. Without a write there is no reason to mark
+        // the page dirty.
+        let may_write =
+            allowed.write && walk.dirty && !slot.is_read_only() && (write || !slot.logs_dirty());
+        let tracked = || slot.state().shadows.get(index).is_some_and(|s| !s.is_empty());
+        let entry_for = || {
+            let writable = may_write && !tracked();
+            // A write that cannot be let through is emulated instead.
+            (writable || !write).then(|| Spte::page(machine, writable, allowed.execute))
+        };
+        let emulate = || {
+            self.stats.pf_emulate.bump();
+            Ok(Outcome::Emulate { gpa: walk.gpa })
+        };
+        if write && tracked() {
+            return emulate();
+        }
+        let at = Location::new(page, super::index(self.info.gva, 1));
+        let rmap = slot.state().rmap.get_or_alloc(index);
+        let mut backoff = Backoff::default();
+        loop {
+            let old = engine.entry(at);
+            if old == Spte::FROZEN {
+                return Err(Retry::Again);
+            }
+            let Some(wanted) = entry_for() else { return emulate() };
+            let fresh = || entry_for().filter(|_| self.unchanged(step, wanted.is_writable()));
+            if old.includes(wanted) {
+                if write {
+                    slot.mark_dirty(index);
+                }
+                self.stats.pf_spurious.bump();
+                return Ok(Outcome::Fixed);
+            }
+            let done = if old.is_present() {
+                if !wanted.includes(old) {
+                    let mut narrowing = engine.flush.narrow();
+                    engine.drop_entry(self.guard, &mut narrowing, at, |now| now != old);
+                    continue;
+                }
+                self.widen(at, old, rmap, fresh)
+            } else {
+                if old.is_pending() && !backoff.is_long() {
+                    backoff.wait();
+                    continue;
+                }
+                if !rule!(R13) && write {
+                    slot.mark_dirty(index);
+                }
+                self.publish(at, old, rmap, fresh)
+            };
+            if !done {
+                return Err(Retry::Again);
+            }
+            // R13: W first, then the dirty bit, then the guest.
+            if write && rule!(R13) {
+                slot.mark_dirty(index);
+            }
+            self.stats.pf_fixed.bump();
+            return Ok(Outcome::Fixed);
+        }
+    }
+
+    /// Reserve, link, fence, re-check, publish. `old` is empty, or another fault's reservation that
+    /// is taken over: that fault's publication then fails.
+    fn publish(
+        &self,
+        at: Location,
+        old: Spte,
+        links: &LocationSet,
+        fresh: impl FnOnce() -> Option<Spte>,
+    ) -> bool {
+        let engine = self.engine;
+        let pending = Spte::pending(self.context.tag());
+        if engine.exchange(at, old, pending).is_err() {
+            return false;
+        }
+        links.add(at.word());
+        // R2, R17: own store, fence, foreign load. Pairs with the fences of `guest_wrote`,
+        // `ensure_protected` and `zap`.
+        if rule!(R02) {
+            fence(Ordering::SeqCst);
+        }
+        if let Some(spte) = fresh() {
+            if engine.exchange(at, pending, spte).is_ok() {
+                return true;
+            }
+        }
+        links.remove(at.word());
+        // Whoever swapped the reservation out has emptied or frozen the entry already.
+        let _ = engine.exchange(at, pending, Spte::EMPTY);
+        false
+    }
+
+    /// Replaces a present entry by one for the same page with more rights. Translations cached from
+    /// the old one stay right, so nothing is flushed unless the publication fails.
+    fn widen(
+        &self,
+        at: Location,
+        old: Spte,
+        rmap: &LocationSet,
+        fresh: impl FnOnce() -> Option<Spte>,
+    ) -> bool {
+        let engine = self.engine;
+        // In flight while the entry is neither: a scan that meets the reservation records it.
+        let mut narrowing = engine.flush.narrow();
+        let pending = Spte::pending(self.context.tag());
+        if engine.exchange(at, old, pending).is_err() {
+            return false;
+        }
+        // R2, as in `publish`. The entry is in the reverse map already.
+        fence(Ordering::SeqCst);
+        if let Some(spte) = fresh() {
+            if spte.includes(old) && engine.exchange(at, pending, spte).is_ok() {
+                return true;
+            }
+        }
+        let _ = engine.exchange(at, pending, Spte::EMPTY);
+        narrowing.entry(at, engine.gva_of(at));
+        rmap.remove(at.word());
+        false
+    }
+
+    /// Whether the guest's entry still says what the walk saw. A and D that others have set since do
+    /// no harm; a cleared A, or D where the shadow entry is `writable`, does (R35).
+    fn unchanged(&self, step: Option<&Step>, writable: bool) -> bool {
+        let Some(step) = step else { return true };
+        let Some(word) = self.map.word(step.entry, &self.context.hint) else { return false };
+        // Acquire: pairs with the Release of the guest's emulated store.
+        let now = word.load(Ordering::Acquire);
+        let flags = bits::A | bits::D;
+        let needed = bits::A | if writable { bits::D } else { 0 };
+        (now | flags) == (step.value | flags) && step.value & needed & !now == 0
+    }
+}

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Table frames and the shadow pages that live in them.
+//!
+//! The consumer gives one stretch of table memory. Each 4 KiB of it is a *frame*; each frame has
+//! one descriptor, which never moves and is never freed, so a stale frame number is harmless: at
+//! worst it names another page. A frame's contents are reused only when every processor has
+//! dropped what it remembers of it and every read section that could know it has ended (R4, R29).
+
+use super::flush::Generation;
+use super::role::Key;
+use super::spte::Spte;
+use crate::addr::{ENTRIES, INDEX_BITS, Machine, PAGE_SHIFT, PAGE_SIZE};
+use crate::memory::Backing;
+use crate::sync::{AtomicU32, AtomicU64, LazyArray, LocationSet, Ordering};
+use core::fmt;
+use core::ptr::NonNull;
+use std::sync::Arc;
+
+/// A frame of table memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FrameId(pub(crate) u32);
+
+impl FrameId {
+    /// Index of the frame in the table memory, in units of 4 KiB.
+    #[must_use]
+    pub const fn index(self) -> u32 {
+        self.0
+    }
+}
+
+/// One entry of one table frame.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Location(u64);
+
+impl Location {
+    pub(crate) const fn new(frame: FrameId, index: usize) -> Self {
+        Self((frame.0 as u64) << INDEX_BITS | index as u64)
+    }
+
+    /// The table frame.
+    #[must_use]
+    pub const fn frame(self) -> FrameId {
+        FrameId((self.0 >> INDEX_BITS) as u32)
+    }
+
+    /// Index of the entry in its table.
+    #[must_use]
+    pub const fn index(self) -> usize {
+        (self.0 & (ENTRIES as u64 - 1)) as usize
+    }
+
+    /// Offset of the entry in the table memory, in bytes.
+    #[must_use]
+    pub const fn offset(self) -> u64 {
+        self.frame().0 as u64 * PAGE_SIZE + self.index() as u64 * 8
+    }
+
+    /// As a member of a [`LocationSet`], which stores no zero.
+    pub(crate) const fn word(self) -> u64 {
+        self.0 + 1
+    }
+
+    pub(crate) const fn from_word(word: u64) -> Self {
+        Self(word - 1)
+    }
+}
+
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "frame {} entry {}", self.frame().0, self.index())
+    }
+}
+
+/// Lifecycle of the page in a frame.
+pub(crate) mod state {
+    /// No page.
+    pub(crate) const FREE: u32 = 0;
+    /// May be linked and filled.
+    pub(crate) const LIVE: u32 = 1;
+    /// Being torn down; nothing new may come in.
+    pub(crate) const ZAPPING: u32 = 2;
+    /// Torn down; waits for processors and readers to forget it.
+    pub(crate) const RETIRED: u32 = 3;
+}
+
+/// The page's guest table has not been write-protected yet.
+pub(crate) const UNPROTECTED: Generation = Generation(u64::MAX);
+/// No processor can write the page's guest table. The flush generations count from 1.
+pub(crate) const PROTECTED: Generation = Generation(0);
+
+/// Descriptor of a frame.
+#[derive(Debug)]
+pub(crate) struct ShadowPage {
+    /// (gfn, role) of the page; stable while it is not free.
+    key: AtomicU64,
+    /// Machine address of the guest table, to find its slot after the slot has left the map (R27).
+    home: AtomicU64,
+    pub(crate) state: AtomicU32,
+    /// Flush generation after which no processor can write the guest table (R1).
+    pub(crate) protected: AtomicU64,
+    /// Entries that point at the page.
+    pub(crate) parents: LocationSet,
+    /// vCPUs that have the page as root (R19).
+    pub(crate) roots: AtomicU32,
+    /// Flush generation that must have been drained before the frame is reused.
+    retired: AtomicU64,
+    /// Link of the list of frames this one is in.
+    next: AtomicU32,
+}
+
+impl Default for ShadowPage {
+    fn default() -> Self {
+        Self {
+            key: AtomicU64::new(0),
+            home: AtomicU64::new(0),
+            state: AtomicU32::new(state::FREE),
+            protected: AtomicU64::new(UNPROTECTED.0),
+            parents: LocationSet::default(),
+            roots: AtomicU32::new(0),
+            retired: AtomicU64::new(0),
+            next: AtomicU32::new(NONE),
+        }
+    }
+}
+
+impl ShadowPage {
+    pub(crate) fn key(&self) -> Key {
+        Key(self.key.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn home(&self) -> Machine {
+        Machine(self.home.load(Ordering::Relaxed))
+    }
+
+    /// Acquire: whoever sees the page live sees its key.
+    pub(crate) fn is_live(&self) -> bool {
+        self.state.load(Ordering::Acquire) == state::LIVE
+    }
+}
+
+const NONE: u32 = u32::MAX;
+
+/// A list of frames linked through their descriptors: frame in the low half, a count of changes in
+/// the high half against ABA.
+#[derive(Debug)]
+struct FrameStack(AtomicU64);
+
+impl FrameStack {
+    fn new() -> Self {
+        Self(AtomicU64::new(NONE as u64))
+    }
+
+    fn push(&self, pages: &LazyArray<ShadowPage>, frame: FrameId) {
+        let page = pages.get_or_alloc(frame.0 as usize);
+        let mut head = self.0.load(Ordering::Relaxed);
+        loop {
+            page.next.store(head as u32, Ordering::Relaxed);
+            let new = ((head >> 32) + 1) << 32 | frame.0 as u64;
+            // Release publishes the link to `pop` and `take`.
+            match self.0.compare_exchange(head, new, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    fn pop(&self, pages: &LazyArray<ShadowPage>) -> Option<FrameId> {
+        // Acquire pairs with the Release in `push`, here and in the exchange.
+        let mut head = self.0.load(Ordering::Acquire);
+        loop {
+            if head as u32 == NONE {
+                return None;
+            }
+            // A descriptor is never freed, so this read is safe even if another thread pops it;
+            // the count then makes the exchange fail.
+            let next = pages.get(head as u32 as usize)?.next.load(Ordering::Relaxed);
+            let new = ((head >> 32) + 1) << 32 | next as u64;
+            match self.0.compare_exchange(head, new, Ordering::Acquire, Ordering::Acquire) {
+                Ok(_) => return Some(FrameId(head as u32)),
+                Err(now) => head = now,
+            }
+        }
+    }
+}
+
+/// All frames of one engine.
+pub(crate) struct Frames {
+    memory: Arc<dyn Backing>,
+    /// `memory.words()`, asked once.
+    entries: NonNull<[AtomicU64]>,
+    machine: Machine,
+    count: u32,
+    pages: LazyArray<ShadowPage>,
+    /// Frames at or above this number were never used.
+    fresh: AtomicU32,
+    free: FrameStack,
+    /// Retired frames whose grace period has passed.
+    graced: FrameStack,
+}
+
+// SAFETY: `entries` points into `memory`, which is `Send + Sync` and lends atomics.
+unsafe impl Send for Frames {}
+// SAFETY: as above.
+unsafe impl Sync for Frames {}
+
+impl Frames {
+    pub(crate) fn new(memory: Arc<dyn Backing>) -> Self {
+        let count = (memory.size() / PAGE_SIZE).min(NONE as u64 - 1) as u32;
+        Self {
+            entries: NonNull::from(memory.words()),
+            machine: memory.machine(),
+            count,
+            pages: LazyArray::new(count as usize),
+            fresh: AtomicU32::new(0),
+            free: FrameStack::new(),
+            graced: FrameStack::new(),
+            memory,
+        }
+    }
+
+    /// Frames used so far have numbers below this.
+    pub(crate) fn high_water(&self) -> u32 {
+        self.fresh.load(Ordering::Relaxed)
+    }
+
+    fn entries(&self) -> &[AtomicU64] {
+        // SAFETY: `memory` keeps the slice alive and promises that it is used as atomics only.
+        unsafe { self.entries.as_ref() }
+    }
+
+    #[inline]
+    pub(crate) fn entry(&self, at: Location) -> &AtomicU64 {
+        &self.entries()[at.0 as usize]
+    }
+
+    #[inline]
+    pub(crate) fn page(&self, frame: FrameId) -> &ShadowPage {
+        self.pages.get_or_alloc(frame.0 as usize)
+    }
+
+    /// First machine address of the tables, if the range touches them.
+    pub(crate) fn overlap(&self, machine: Machine, size: u64) -> Option<Machine> {
+        let end = self.machine.0 + u64::from(self.count) * PAGE_SIZE;
+        let touches = machine.0 < end && machine.0.saturating_add(size) > self.machine.0;
+        touches.then_some(self.machine)
+    }
+
+    pub(crate) fn machine(&self, frame: FrameId) -> Machine {
+        Machine(self.machine.0 + ((frame.0 as u64) << PAGE_SHIFT))
+    }
+
+    /// The frame at a machine address.
+    #[inline]
+    pub(crate) fn frame_at(&self, machine: Machine) -> Option<FrameId> {
+        let index = machine.0.wrapping_sub(self.machine.0) >> PAGE_SHIFT;
+        (index < self.count as u64).then_some(FrameId(index as u32))
+    }
+
+    /// A frame that nobody uses: with every entry empty, and no page in it yet.
+    pub(crate) fn allocate(&self) -> Option<FrameId> {
+        if let Some(frame) = self.free.pop(&self.pages) {
+            return Some(frame);
+        }
+        // Relaxed: the number alone matters.
+        let fresh = |f: u32| (f < self.count).then_some(f + 1);
+        let frame = self.fresh.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fresh).ok()?;
+        Some(FrameId(frame))
+    }
+
+    /// Makes a page of an allocated frame.
+    pub(crate) fn claim(&self, frame: FrameId, key: Key, home: Machine) {
+        let page = self.page(frame);
+        page.key.store(key.0, Ordering::Relaxed);
+        page.home.store(home.0, Ordering::Relaxed);
+        page.protected.store(UNPROTECTED.0, Ordering::Relaxed);
+        // Release publishes the key to `is_live`.
+        page.state.store(state::LIVE, Ordering::Release);
+    }
+
+    /// Gives back a frame that was allocated and never claimed.
+    pub(crate) fn release(&self, frame: FrameId) {
+        self.free.push(&self.pages, frame);
+    }
+
+    /// Retires the page: its frame may be reused once `generation` is drained by every processor.
+    /// The caller defers [`Frames::grace_passed`] to the end of a grace period.
+    pub(crate) fn retire(&self, frame: FrameId, generation: Generation) {
+        let page = self.page(frame);
+        page.retired.store(generation.0, Ordering::Relaxed);
+        // Release: pairs with the Acquire in `reclaim` through the list; the state is for audits.
+        page.state.store(state::RETIRED, Ordering::Release);
+    }
+
+    /// Called when every read section that was open at [`Frames::retire`] has ended.
+    pub(crate) fn grace_passed(&self, frame: FrameId) {
+        self.graced.push(&self.pages, frame);
+    }
+
+    /// Frees the retired frames that no processor remembers: those whose generation `drained`
+    /// approves and that are no vCPU's root. Returns whether a frame became free, and the oldest
+    /// generation that one still waits for.
+    pub(crate) fn reclaim(
+        &self,
+        mut drained: impl FnMut(Generation) -> bool,
+    ) -> (bool, Option<Generation>) {
+        let (mut freed, mut waits) = (false, None);
+        let mut keep = Vec::new();
+        while let Some(frame) = self.graced.pop(&self.pages) {
+            let page = self.page(frame);
+            let generation = Generation(page.retired.load(Ordering::Relaxed));
+            // Acquire pairs with the Release of the vCPU that gave the root up (R19).
+            if page.roots.load(Ordering::Acquire) > 0 || !drained(generation) {
+                waits = Some(waits.map_or(generation, |w: Generation| w.min(generation)));
+                keep.push(frame);
+                continue;
+            }
+            for index in 0..ENTRIES {
+                // Relaxed: the page is published by `claim` and the link to it.
+                self.entry(Location::new(frame, index)).store(Spte::EMPTY.0, Ordering::Relaxed);
+            }
+            page.state.store(state::FREE, Ordering::Relaxed);
+            self.free.push(&self.pages, frame);
+            freed = true;
+        }
+        for frame in keep {
+            self.graced.push(&self.pages, frame);
+        }
+        (freed, waits)
+    }
+
+    /// Every frame that was ever used.
+    pub(crate) fn used(&self) -> impl Iterator<Item = (FrameId, &ShadowPage)> {
+        (0..self.high_water()).map(|f| (FrameId(f), self.page(FrameId(f))))
+    }
+}
+
+impl fmt::Debug for Frames {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Frames").field("memory", &self.memory).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The shadow: tables that map guest-virtual addresses straight to machine pages, made from the
+//! guest's tables on faults and kept consistent while guests edit them.
+//!
+//! There is no lock around a fault. What threads agree on, they agree on through single words:
+//!
+//! * an entry goes *empty → pending → present*; the fault that made it pending re-checks everything
+//!   that could have changed before it publishes, and whoever takes something away changes the
+//!   state first and then swaps out pending entries as well as present ones (`fault`);
+//! * what was taken away is recorded for every vCPU before anything else is done about it
+//!   ([`Flush`]), and whoever relies on it waits for the vCPUs, outside any read section;
+//! * the reverse map of a page is found from the machine address in the entry itself, so the key
+//!   used at removal cannot differ from the one used at install (R14).
+//!
+//! The numbered rules are those of `docs/protocols.md`.
+
+mod audit;
+mod edit;
+mod fault;
+mod flush;
+mod frames;
+mod protect;
+mod role;
+mod slots;
+mod spte;
+mod stats;
+mod zap;
+
+pub use audit::{AuditReport, Disagreement};
+pub use fault::{Outcome, Stall};
+pub use flush::{Downgrade, Generation, Processor};
+pub use frames::{FrameId, Location};
+pub use stats::StatsSnapshot;
+
+pub(crate) use fault::FaultInfo;
+pub(crate) use flush::{Cursor, VcpuState, request};
+pub(crate) use role::Regime;
+pub(crate) use spte::Spte;
+pub(crate) use stats::Stats;
+
+use crate::addr::{Gva, INDEX_BITS, LEVELS, Machine, PAGE_SHIFT};
+use crate::memory::{Backing, Hint, Memory};
+use crate::sync::epoch::{Collector, Guard, Handle};
+use crate::sync::{AtomicU32, ConcurrentMap, Mutex, Ordering, fence};
+use core::cell::Cell;
+use flush::{Flush, Narrowing};
+use frames::Frames;
+use role::{Key, Role};
+use std::sync::Arc;
+
+/// Everything VM-wide.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    pub(crate) memory: Memory,
+    pub(crate) collector: Collector,
+    pub(crate) flush: Flush,
+    frames: Arc<Frames>,
+    /// Live shadow pages by (gfn, role).
+    pages: ConcurrentMap<Key, FrameId>,
+    /// Entry of every root that belongs to the consumer: (index, value).
+    reserved: Option<(usize, u64)>,
+    /// Serialises the writers of the memory map.
+    writer: Mutex<()>,
+    /// Where recycling looks next.
+    hand: AtomicU32,
+    /// Numbers for [`Context`]s.
+    contexts: AtomicU32,
+    /// Counts of what no vCPU did.
+    pub(crate) stats: Stats,
+    /// Counts of vCPUs that are gone.
+    pub(crate) past: Mutex<StatsSnapshot>,
+}
+
+/// What one thread brings to each operation.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) handle: Handle,
+    pub(crate) hint: Hint,
+    /// Number of the context, and of its operations so far: no two reservations that are open at
+    /// the same time have the same tag.
+    id: u64,
+    tags: Cell<u64>,
+}
+
+impl Context {
+    fn tag(&self) -> u64 {
+        const COUNT_BITS: u32 = spte::TAG_BITS - 20;
+        let count = self.tags.get().wrapping_add(1);
+        self.tags.set(count);
+        self.id << COUNT_BITS | count & ((1 << COUNT_BITS) - 1)
+    }
+}
+
+impl Engine {
+    pub(crate) fn new(
+        tables: Arc<dyn Backing>,
+        reserved: Option<(usize, u64)>,
+        collector: Collector,
+    ) -> Self {
+        Self {
+            memory: Memory::new(),
+            collector,
+            flush: Flush::new(),
+            frames: Arc::new(Frames::new(tables)),
+            pages: ConcurrentMap::new(),
+            reserved,
+            writer: Mutex::new(()),
+            hand: AtomicU32::new(0),
+            contexts: AtomicU32::new(0),
+            stats: Stats::default(),
+            past: Mutex::new(StatsSnapshot::default()),
+        }
+    }
+
+    pub(crate) fn context(&self) -> Context {
+        Context {
+            handle: self.collector.register(),
+            hint: Hint::default(),
+            id: u64::from(self.contexts.fetch_add(1, Ordering::Relaxed)),
+            tags: Cell::new(0),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> StatsSnapshot {
+        let mut sum = *crate::sync::lock(&self.past);
+        sum.add(&self.stats);
+        for vcpu in self.flush.vcpus().iter() {
+            sum.add(&vcpu.stats);
+        }
+        sum
+    }
+
+    /// Machine address of a table frame, for a root register.
+    pub(crate) fn table_machine(&self, frame: FrameId) -> Machine {
+        self.frames.machine(frame)
+    }
+
+    /// The entry as a processor reads it.
+    #[inline]
+    pub(crate) fn entry(&self, at: Location) -> Spte {
+        // Acquire: a processor that sees a link sees the table behind it.
+        Spte(self.frames.entry(at).load(Ordering::Acquire))
+    }
+
+    /// The table that a present non-leaf entry points at.
+    #[inline]
+    pub(crate) fn table_at(&self, machine: Machine) -> Option<FrameId> {
+        self.frames.frame_at(machine)
+    }
+
+    /// Exchanges an entry. AcqRel: release publishes what the new value stands for, acquire shows
+    /// what the old one stood for.
+    fn exchange(&self, at: Location, old: Spte, new: Spte) -> Result<(), Spte> {
+        let cell = self.frames.entry(at);
+        match cell.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => Ok(()),
+            Err(now) => Err(Spte(now)),
+        }
+    }
+
+    /// The only address that the leaf entry translates, if the path to it is the only one. Read
+    /// after the entry was changed: a path that is linked later leads to the changed entry.
+    fn gva_of(&self, at: Location) -> Option<Gva> {
+        // Pairs with the fence between link and publication in `fault`.
+        fence(Ordering::SeqCst);
+        let mut page = self.frames.page(at.frame());
+        if page.key().role().level() != 1 {
+            return None;
+        }
+        let mut gva = (at.index() as u64) << PAGE_SHIFT;
+        for level in 2..=LEVELS {
+            let parent = Location::from_word(page.parents.only()?);
+            page = self.frames.page(parent.frame());
+            gva |= (parent.index() as u64) << shift(level);
+        }
+        let unused = 64 - shift(LEVELS + 1);
+        Some(Gva(((gva << unused) as i64 >> unused) as u64))
+    }
+
+    /// Forgets that the entry `at` held `old`, which was present: takes it out of the reverse map
+    /// of the page, or of the parents of the table, that `old` itself names (R14).
+    fn unlink(&self, guard: &Guard<'_>, at: Location, old: Spte) {
+        if self.frames.page(at.frame()).key().role().level() > 1 {
+            if let Some(child) = self.frames.frame_at(old.machine()) {
+                self.frames.page(child).parents.remove(at.word());
+            }
+        // The map of this moment, not of the operation's beginning: it knows every slot that an
+        // entry seen by now can map.
+        } else if let Some((slot, index)) = self.memory.load(guard).by_machine(old.machine()) {
+            if let Some(rmap) = slot.state().rmap.get(index) {
+                rmap.remove(at.word());
+            }
+        }
+    }
+
+    /// Empties the entry, unless it is frozen or `keep` says to leave it. A pending entry is
+    /// emptied as well: its fault then takes its links back itself. Returns whether something was
+    /// taken away.
+    fn drop_entry(
+        &self,
+        guard: &Guard<'_>,
+        narrowing: &mut Narrowing<'_>,
+        at: Location,
+        keep: impl Fn(Spte) -> bool,
+    ) -> bool {
+        let mut old = self.entry(at);
+        loop {
+            if !(old.is_present() || old.is_pending()) || keep(old) {
+                return false;
+            }
+            match self.exchange(at, old, Spte::EMPTY) {
+                Err(now) => old = now,
+                Ok(()) => {
+                    // A reservation may stand for an entry that is being widened, which processors
+                    // still remember.
+                    narrowing.entry(at, self.gva_of(at));
+                    if old.is_present() {
+                        self.unlink(guard, at, old);
+                    }
+                    return true;
+                }
+            }
+        }
+    }
+}
+
+/// log2 of what an entry of a table at `level` translates, in bytes.
+pub(crate) const fn shift(level: u8) -> u32 {
+    PAGE_SHIFT + INDEX_BITS * (level as u32 - 1)
+}
+
+/// Index into the table at `level`.
+pub(crate) const fn index(gva: Gva, level: u8) -> usize {
+    (gva.0 >> shift(level)) as usize & ((1 << INDEX_BITS) - 1)
+}

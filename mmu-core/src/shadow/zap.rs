@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Tearing down shadow pages, and what makes room when table frames run out.
+
+use super::Engine;
+use super::flush::Generation;
+use super::frames::{FrameId, Location, state};
+use super::spte::Spte;
+use crate::addr::{ENTRIES, LEVELS};
+use crate::sync::epoch::Guard;
+use crate::sync::{Ordering, fence, rule};
+use std::sync::Arc;
+
+/// Pages torn down at a time when frames run out.
+const RECYCLE: usize = if cfg!(loom) { 1 } else { 16 };
+
+impl Engine {
+    /// Tears a page down: unlinks it, empties it, and retires its frame. Returns the generation
+    /// after which no processor uses it, or `None` if somebody else tears it down.
+    pub(crate) fn zap(&self, guard: &Guard<'_>, frame: FrameId) -> Option<Generation> {
+        let page = self.frames.page(frame);
+        // AcqRel: this thread sees the page's key, and whoever sees the mark sees it dying.
+        page.state
+            .compare_exchange(state::LIVE, state::ZAPPING, Ordering::AcqRel, Ordering::Relaxed)
+            .ok()?;
+        let key = page.key();
+        self.pages.remove_if_equal(&key, frame);
+        // R17, R19: mark, fence, then look at parents and roots. Pairs with the fence of the fault
+        // that links the page and of the vCPU that loads it as root.
+        fence(Ordering::SeqCst);
+        if page.roots.load(Ordering::Acquire) > 0 {
+            self.flush.request_reload();
+        }
+        let mut narrowing = self.flush.narrow();
+        let own = self.frames.machine(frame);
+        for parent in page.parents.to_vec() {
+            let at = Location::from_word(parent);
+            let other = |now: Spte| now.is_present() && now.machine() != own;
+            self.drop_entry(guard, &mut narrowing, at, other);
+        }
+        // R5: freeze every entry, so that no install under way can succeed. A root keeps the entry
+        // that belongs to the consumer: its processor may be running on it.
+        let kept = self.reserved.filter(|_| key.role().level() == LEVELS).map(|(index, _)| index);
+        let frozen = if rule!(R05) { Spte::FROZEN } else { Spte::EMPTY };
+        let mut old = [Spte::EMPTY; ENTRIES];
+        for (index, old) in old.iter_mut().enumerate().filter(|(index, _)| Some(*index) != kept) {
+            // AcqRel: as in `exchange`.
+            let cell = self.frames.entry(Location::new(frame, index));
+            *old = Spte(cell.swap(frozen.0, Ordering::AcqRel));
+        }
+        // Recorded before the links go, so that a scan that misses a link finds the record.
+        narrowing.frame(frame);
+        for (index, old) in old.into_iter().enumerate().filter(|(_, old)| old.is_present()) {
+            self.unlink(guard, Location::new(frame, index), old);
+        }
+        if !key.role().is_direct() {
+            // Nothing is derived from the guest table any more: it may become writable.
+            if let Some((slot, index)) = self.memory.load(guard).by_machine(page.home()) {
+                if let Some(shadows) = slot.state().shadows.get(index) {
+                    shadows.remove(u64::from(frame.0) + 1);
+                }
+            }
+        }
+        let generation = narrowing.finish();
+        self.frames.retire(frame, generation);
+        let frames = Arc::clone(&self.frames);
+        guard.defer(move || frames.grace_passed(frame));
+        self.stats.mmu_shadow_zapped.bump_shared();
+        Some(generation)
+    }
+
+    /// Whether the page in the frame may be used.
+    pub(crate) fn is_live(&self, frame: FrameId) -> bool {
+        self.frames.page(frame).is_live()
+    }
+
+    /// Counts a vCPU that has the page as root; fails if it is dying (R19).
+    pub(crate) fn hold_root(&self, frame: FrameId) -> bool {
+        let page = self.frames.page(frame);
+        page.roots.fetch_add(1, Ordering::AcqRel);
+        // R19: count, fence, look at the lifecycle. Pairs with the fence in `zap`.
+        fence(Ordering::SeqCst);
+        let live = page.is_live();
+        if !live {
+            self.release_root(frame);
+        }
+        live
+    }
+
+    /// The vCPU has the page as root no longer.
+    pub(crate) fn release_root(&self, frame: FrameId) {
+        // Release pairs with the Acquire in `reclaim`.
+        self.frames.page(frame).roots.fetch_sub(1, Ordering::Release);
+    }
+
+    /// Tears down every page. Faults go on; vCPUs load new roots.
+    pub(crate) fn zap_all(&self, guard: &mut Guard<'_>) {
+        for index in 0..self.frames.high_water() {
+            self.zap(guard, FrameId(index));
+            guard.repin();
+        }
+    }
+
+    /// Tears down some pages, in turn, that are no vCPU's root. Returns the generation that their
+    /// frames wait for.
+    pub(crate) fn recycle(&self, guard: &Guard<'_>) -> Generation {
+        let used = self.frames.high_water().max(1);
+        let mut generation = self.flush.now();
+        let mut left = RECYCLE;
+        for _ in 0..used {
+            // Relaxed: several threads share the round.
+            let frame = FrameId(self.hand.fetch_add(1, Ordering::Relaxed) % used);
+            let page = self.frames.page(frame);
+            if page.roots.load(Ordering::Relaxed) > 0 {
+                continue;
+            }
+            if let Some(zapped) = self.zap(guard, frame) {
+                self.stats.mmu_recycled.bump_shared();
+                generation = zapped;
+                left -= 1;
+                if left == 0 {
+                    break;
+                }
+            }
+        }
+        guard.flush();
+        generation
+    }
+}

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guest-virtual accesses as an instruction emulator makes them: through the guest's own tables,
+//! not through the shadow.
+
+use super::Vcpu;
+use crate::addr::{Gpa, Gva, PAGE_SIZE};
+use crate::memory::MemoryMap;
+use crate::paging::{Access, Fault, Kind};
+
+/// Why an access was not made. Nothing was read or written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AccessError {
+    /// The guest's tables forbid it.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+    /// Part of it has no memory, or is a write to read-only memory.
+    #[error("no memory at guest-physical {gpa} for {len} bytes")]
+    Mmio {
+        /// Guest-physical address of the part.
+        gpa: Gpa,
+        /// Bytes of the part.
+        len: usize,
+    },
+}
+
+impl Vcpu {
+    /// Reads guest-virtual memory. Waits for nobody.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`]; the fault is that of the first page that has one.
+    pub fn read(&self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), AccessError> {
+        let guard = self.context.handle.pin();
+        let map = self.engine.memory.load(&guard);
+        let len = buf.len();
+        for (at, part) in parts(gva, len) {
+            let gpa = self.locate(map, at, access)?;
+            let bytes = &mut buf[part.clone()];
+            if map.read(gpa, bytes) < bytes.len() {
+                return Err(AccessError::Mmio { gpa, len: bytes.len() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes guest-virtual memory; tells the shadow if it is a guest page table, and the dirty
+    /// log. Either every page can be written or nothing is. Waits for nobody.
+    ///
+    /// An aligned power-of-two size up to 8 bytes is written as one.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`]; the fault is that of the first page that has one.
+    pub fn write(&self, gva: Gva, bytes: &[u8], user: bool) -> Result<(), AccessError> {
+        let guard = self.context.handle.pin();
+        let map = self.engine.memory.load(&guard);
+        let access = Access { user, ..Access::write() };
+        for (at, part) in parts(gva, bytes.len()) {
+            self.locate_for_write(map, at, part.len(), access)?;
+        }
+        for (at, part) in parts(gva, bytes.len()) {
+            // The tables may have changed since: then the later part goes where they say now, as
+            // on a processor that walks again.
+            let gpa = self.locate_for_write(map, at, part.len(), access)?;
+            self.engine.write_phys(&self.state.stats, &guard, map, gpa, &bytes[part]);
+        }
+        Ok(())
+    }
+
+    /// Compares and exchanges an aligned 8-byte word of guest-virtual memory, as one step with
+    /// respect to every vCPU. `Ok(Err(now))` if it held something else. Waits for nobody.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`].
+    pub fn cmpxchg(
+        &self,
+        gva: Gva,
+        old: u64,
+        new: u64,
+        user: bool,
+    ) -> Result<Result<(), u64>, AccessError> {
+        let guard = self.context.handle.pin();
+        let map = self.engine.memory.load(&guard);
+        let access = Access { user, ..Access::write() };
+        let gva = Gva(gva.0 & !7);
+        let gpa = self.locate_for_write(map, gva, 8, access)?;
+        self.engine
+            .cmpxchg_phys(&self.state.stats, &guard, map, gpa, old, new)
+            .ok_or(AccessError::Mmio { gpa, len: 8 })
+    }
+
+    fn locate(&self, map: &MemoryMap, gva: Gva, access: Access) -> Result<Gpa, AccessError> {
+        Ok(self.mode.walk(map, &self.context.hint, gva, access)?.gpa)
+    }
+
+    fn locate_for_write(
+        &self,
+        map: &MemoryMap,
+        gva: Gva,
+        len: usize,
+        access: Access,
+    ) -> Result<Gpa, AccessError> {
+        debug_assert!(access.kind == Kind::Write);
+        let gpa = self.locate(map, gva, access)?;
+        let slot = map.slot(gpa.gfn(), &self.context.hint);
+        match slot.filter(|slot| !slot.is_read_only()) {
+            Some(_) => Ok(gpa),
+            None => Err(AccessError::Mmio { gpa, len }),
+        }
+    }
+}
+
+/// Splits an access by pages: the address of each part and its place in the buffer.
+fn parts(gva: Gva, len: usize) -> impl Iterator<Item = (Gva, core::ops::Range<usize>)> {
+    let mut done = 0;
+    core::iter::from_fn(move || {
+        let at = gva.wrapping_add(done as u64);
+        let part = ((PAGE_SIZE - at.page_offset()) as usize).min(len - done);
+        done += part;
+        (part > 0).then(|| (at, done - part..done))
+    })
+}

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual processor: its registers, its roots, its flushes, and the accesses that an
+//! instruction emulator makes on its behalf.
+//!
+//! A [`Vcpu`] belongs to one thread at a time. It is *outside* the guest except between
+//! [`Vcpu::enter`] and [`Vcpu::leave`]; other threads wait for it to drain only while it is inside.
+
+mod access;
+mod soft;
+
+pub use access::AccessError;
+pub(crate) use soft::SoftProcessor;
+pub use soft::{Session, SoftExit, SoftVcpu};
+
+use crate::addr::{Gva, LEVELS, Machine};
+use crate::paging::{Access, BadRegisters, Fault, PagingMode, Regs, Walk};
+use crate::shadow::{
+    Context, Cursor, Downgrade, Engine, FaultInfo, FrameId, Generation, Outcome, Processor, Regime,
+    Stall, VcpuState, request,
+};
+use crate::sync::lock;
+use std::sync::Arc;
+
+/// Why registers were refused; the vCPU keeps the old ones.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegsError {
+    /// No processor accepts the combination.
+    #[error(transparent)]
+    Illegal(#[from] BadRegisters),
+    /// The shadow cannot follow guest tables of this format yet.
+    #[error(
+        "guest paging with {levels} levels (CR0 {cr0:#x}, CR4 {cr4:#x}, EFER {efer:#x}) is not \
+         shadowed yet: only 4-level paging is"
+    )]
+    Unsupported {
+        /// Levels of the guest's tables; 0 without paging.
+        levels: u8,
+        /// CR0 given.
+        cr0: u64,
+        /// CR4 given.
+        cr4: u64,
+        /// EFER given.
+        efer: u64,
+    },
+    /// The root table would lie in no memslot.
+    #[error("CR3 {cr3:#x} points at no memslot")]
+    RootOutside {
+        /// CR3 given.
+        cr3: u64,
+    },
+}
+
+/// What [`Vcpu::enter`] decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// The vCPU is inside: run it on this root.
+    Run {
+        /// Machine address of the root table.
+        root: Machine,
+        /// The generation that was handed out; [`Vcpu::drained`] once the processor has applied it.
+        generation: Generation,
+    },
+    /// Somebody wants the thread back ([`VcpuHandle::request_exit`]). The vCPU is outside.
+    Exit,
+}
+
+/// Another thread's hold on a vCPU.
+#[derive(Clone, Debug)]
+pub struct VcpuHandle(Arc<VcpuState>);
+
+impl VcpuHandle {
+    /// Makes the vCPU's next [`Vcpu::enter`] return [`Entry::Exit`], and kicks it if it is inside.
+    pub fn request_exit(&self) {
+        self.0.request_exit();
+    }
+}
+
+/// A virtual processor.
+#[derive(Debug)]
+pub struct Vcpu {
+    engine: Arc<Engine>,
+    state: Arc<VcpuState>,
+    cursor: Cursor,
+    context: Context,
+    regs: Regs,
+    mode: PagingMode,
+    /// Roots in use, for the supervisor and for the user.
+    roots: [Option<FrameId>; 2],
+    /// How often the present wait was polled.
+    polls: u32,
+}
+
+impl Vcpu {
+    pub(crate) fn new(
+        engine: Arc<Engine>,
+        processor: Arc<dyn Processor>,
+        regs: Regs,
+    ) -> Result<Self, RegsError> {
+        let context = engine.context();
+        let mode = compile(&engine, &context, &regs)?;
+        let (state, cursor) = engine.flush.join(processor);
+        Ok(Self { engine, state, cursor, context, regs, mode, roots: [None; 2], polls: 0 })
+    }
+
+    /// The registers that decide how addresses are translated.
+    #[must_use]
+    pub fn regs(&self) -> &Regs {
+        &self.regs
+    }
+
+    /// Loads registers; translations made under the old ones are not used any more.
+    ///
+    /// # Errors
+    ///
+    /// [`RegsError`], which names the values; the old registers stay.
+    pub fn set_regs(&mut self, regs: Regs) -> Result<(), RegsError> {
+        self.mode = compile(&self.engine, &self.context, &regs)?;
+        self.release_roots();
+        self.regs = regs;
+        Ok(())
+    }
+
+    /// Another thread's hold on this vCPU.
+    #[must_use]
+    pub fn handle(&self) -> VcpuHandle {
+        VcpuHandle(Arc::clone(&self.state))
+    }
+
+    /// Serves a fault at `gva`. The vCPU must be outside.
+    ///
+    /// # Errors
+    ///
+    /// A [`Stall`]: wait with [`Vcpu::must_wait`], then try again.
+    pub fn fault(&mut self, gva: Gva, access: Access) -> Result<Outcome, Stall> {
+        let user = access.user && !access.implicit;
+        let root = self.root(user)?;
+        let info =
+            FaultInfo { mode: self.mode, regime: Regime::of(&self.regs, user), root, gva, access };
+        self.engine.fault(&self.context, &self.state.stats, &info)
+    }
+
+    /// The root for one privilege, loaded if need be.
+    fn root(&mut self, user: bool) -> Result<FrameId, Stall> {
+        let held = &mut self.roots[usize::from(user)];
+        if let Some(root) = *held {
+            if self.engine.is_live(root) {
+                return Ok(root);
+            }
+            self.engine.release_root(root);
+            *held = None;
+        }
+        let (mode, regime) = (self.mode, Regime::of(&self.regs, user));
+        loop {
+            self.state.stats.root_loads.bump();
+            let found = self.engine.root_page(&self.context, &self.state.stats, &mode, regime)?;
+            if let Some(root) = found.filter(|root| self.engine.hold_root(*root)) {
+                self.roots[usize::from(user)] = Some(root);
+                return Ok(root);
+            }
+        }
+    }
+
+    fn release_roots(&mut self) {
+        for root in self.roots.iter_mut().filter_map(Option::take) {
+            self.engine.release_root(root);
+        }
+    }
+
+    /// Whether the operation that stalled must wait on. Poll it outside the guest; a consumer
+    /// whose processor remembers tables outside ([`Processor::forgets_outside`]) must let it drain
+    /// inside between polls, without running guest code, so that two vCPUs that wait for each
+    /// other get on.
+    pub fn must_wait(&mut self, stall: Stall) -> bool {
+        self.polls += 1;
+        // Now and then ask again those who were asked before: whoever asked first may have been
+        // stopped between asking and kicking.
+        let insist = self.polls % 64 == 0;
+        let wait = match stall {
+            Stall::Flush(generation) => !self.engine.flush.acknowledged(generation, insist),
+            Stall::Frames(generation) => !self.engine.flush.drained(generation, insist),
+        };
+        if !wait {
+            self.polls = 0;
+            if let Stall::Frames(_) = stall {
+                // The frames come back with the end of the read sections that know them.
+                self.context.handle.synchronize();
+            }
+        }
+        wait
+    }
+
+    /// Prepares to run the guest at one privilege: handles requests, loads the root, hands
+    /// everything that the processor must forget to `apply`, and marks the vCPU as inside.
+    ///
+    /// # Errors
+    ///
+    /// A [`Stall`], as in [`Vcpu::fault`].
+    pub fn enter(&mut self, user: bool, mut apply: impl FnMut(Downgrade)) -> Result<Entry, Stall> {
+        loop {
+            if self.cursor.take_requests() & request::EXIT != 0 {
+                return Ok(Entry::Exit);
+            }
+            let root = self.root(user)?;
+            let generation = self.cursor.drain(&self.engine.flush, &mut apply);
+            if self.cursor.enter() {
+                return Ok(Entry::Run { root: self.engine.table_machine(root), generation });
+            }
+        }
+    }
+
+    /// Marks the vCPU as outside.
+    pub fn leave(&mut self) {
+        self.cursor.leave();
+    }
+
+    /// Hands out what the processor must forget without entering the guest, for a drain-only
+    /// entry.
+    pub fn drain(&mut self, apply: impl FnMut(Downgrade)) -> Generation {
+        self.cursor.drain(&self.engine.flush, apply)
+    }
+
+    /// Says that the processor has forgotten, inside the guest, everything up to `generation`.
+    pub fn drained(&mut self, generation: Generation) {
+        self.cursor.drained_inside(generation);
+    }
+
+    /// Translates an address without touching the guest's accessed and dirty bits. With an access,
+    /// its rights are checked. Waits for nobody.
+    ///
+    /// # Errors
+    ///
+    /// The [`Fault`] that the access would raise.
+    pub fn translate(&self, gva: Gva, access: Option<Access>) -> Result<Walk, Fault> {
+        let guard = self.context.handle.pin();
+        let map = self.engine.memory.load(&guard);
+        self.mode.translate(map, &self.context.hint, gva, access)
+    }
+}
+
+/// Checks registers and compiles them.
+fn compile(engine: &Engine, context: &Context, regs: &Regs) -> Result<PagingMode, RegsError> {
+    let mode = PagingMode::new(regs)?;
+    let Regs { cr0, cr3, cr4, efer, .. } = *regs;
+    if mode.levels() != LEVELS {
+        return Err(RegsError::Unsupported { levels: mode.levels(), cr0, cr4, efer });
+    }
+    let guard = context.handle.pin();
+    let map = engine.memory.load(&guard);
+    match map.slot(mode.root(), &context.hint) {
+        Some(_) => Ok(mode),
+        None => Err(RegsError::RootOutside { cr3 }),
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.leave();
+        self.release_roots();
+        self.engine.flush.leave(&self.state);
+        lock(&self.engine.past).add(&self.state.stats);
+    }
+}

@@ -1,0 +1,422 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The software vCPU: walks the shadow tables as a processor does, with a TLB that obeys flushes.
+//!
+//! It is the consumer to use where there is no hardware, and to test with where there is. Like a
+//! processor it walks without a read section: what keeps it right is the flush protocol alone.
+
+use super::{AccessError, Entry, Vcpu, VcpuHandle};
+use crate::addr::{Gpa, Gva, LEVELS, PAGE_SIZE};
+use crate::memory::PAGE_WORDS;
+use crate::paging::{Access, Fault, Kind};
+use crate::shadow::{Downgrade, FrameId, Location, Outcome, Processor, Spte, Stall, index};
+use crate::sync::{AtomicU64, Backoff, Ordering};
+use core::fmt;
+
+/// Entries of the TLB; direct-mapped.
+const TLB: usize = if cfg!(loom) { 2 } else { 512 };
+
+/// The software vCPU's side of the flush protocol. It polls for requests, so a kick has nothing to
+/// do, and it remembers no tables at all.
+#[derive(Debug)]
+pub(crate) struct SoftProcessor;
+
+impl Processor for SoftProcessor {
+    fn kick(&self) {}
+
+    fn forgets_outside(&self) -> bool {
+        true
+    }
+}
+
+/// Why an access was not made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SoftExit {
+    /// The fault to deliver to the guest.
+    #[error(transparent)]
+    Fault(Fault),
+    /// The access is the VMM's to emulate: no memory, or a write to read-only memory.
+    #[error("no memory at guest-physical {0}")]
+    Mmio(Gpa),
+    /// Somebody wants the thread back.
+    #[error("the vCPU was asked to exit")]
+    Requested,
+}
+
+#[derive(Clone, Copy)]
+struct Translation {
+    /// Page and privilege; `u64::MAX` for an empty entry.
+    tag: u64,
+    page: *const AtomicU64,
+    write: bool,
+    execute: bool,
+}
+
+impl Translation {
+    const NONE: Self =
+        Self { tag: u64::MAX, page: core::ptr::null(), write: false, execute: false };
+}
+
+/// A software vCPU.
+pub struct SoftVcpu {
+    vcpu: Vcpu,
+    tlb: Box<[Translation; TLB]>,
+    roots: [Option<FrameId>; 2],
+}
+
+// SAFETY: the pointers in the TLB are to guest memory, which is shared atomics; they are used only
+// while the vCPU is inside, by whichever thread has it then.
+unsafe impl Send for SoftVcpu {}
+
+impl fmt::Debug for SoftVcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SoftVcpu").field("vcpu", &self.vcpu).finish_non_exhaustive()
+    }
+}
+
+impl SoftVcpu {
+    pub(crate) fn new(vcpu: Vcpu) -> Self {
+        Self { vcpu, tlb: Box::new([Translation::NONE; TLB]), roots: [None; 2] }
+    }
+
+    /// The vCPU itself: registers, and accesses through the guest's own tables.
+    #[must_use]
+    pub fn vcpu(&self) -> &Vcpu {
+        &self.vcpu
+    }
+
+    /// The same, to change registers. The TLB is emptied, as a load of CR3 does.
+    pub fn vcpu_mut(&mut self) -> &mut Vcpu {
+        self.flush_all();
+        &mut self.vcpu
+    }
+
+    /// Another thread's hold on this vCPU.
+    #[must_use]
+    pub fn handle(&self) -> VcpuHandle {
+        self.vcpu.handle()
+    }
+
+    /// INVLPG: forgets the translations of one page.
+    pub fn invlpg(&mut self, gva: Gva) {
+        for user in [false, true] {
+            let tag = tag(gva, user);
+            let slot = &mut self.tlb[slot(gva)];
+            if slot.tag == tag {
+                *slot = Translation::NONE;
+            }
+        }
+    }
+
+    /// Goes inside the guest for a number of accesses. While the session lives, other threads that
+    /// need a flush wait for its next access; end it before doing anything slow.
+    pub fn session(&mut self) -> Session<'_> {
+        Session { cpu: self, inside: false }
+    }
+
+    fn flush_all(&mut self) {
+        self.tlb.fill(Translation::NONE);
+    }
+}
+
+/// A software vCPU inside the guest.
+#[derive(Debug)]
+pub struct Session<'v> {
+    cpu: &'v mut SoftVcpu,
+    inside: bool,
+}
+
+impl Session<'_> {
+    /// Reads guest-virtual memory. Each aligned 8-byte word is read atomically.
+    ///
+    /// # Errors
+    ///
+    /// [`SoftExit`]; nothing has been read then.
+    pub fn load(&mut self, gva: Gva, buf: &mut [u8], user: bool) -> Result<(), SoftExit> {
+        let access = Access { user, ..Access::read() };
+        self.copy_out(gva, buf, access)
+    }
+
+    /// Reads instruction bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`SoftExit`]; nothing has been read then.
+    pub fn fetch(&mut self, gva: Gva, buf: &mut [u8], user: bool) -> Result<(), SoftExit> {
+        let access = Access { user, ..Access::execute() };
+        self.copy_out(gva, buf, access)
+    }
+
+    /// Reads an aligned 8-byte word; rounds the address down.
+    ///
+    /// # Errors
+    ///
+    /// [`SoftExit`].
+    #[inline]
+    pub fn load_u64(&mut self, gva: Gva, user: bool) -> Result<u64, SoftExit> {
+        let access = Access { user, ..Access::read() };
+        // Acquire, as x86 loads are.
+        self.word(gva, access).map(|word| word.load(Ordering::Acquire))
+    }
+
+    /// Writes guest-virtual memory; a write to a guest page table is emulated. Each part of an
+    /// aligned 8-byte word is written as one.
+    ///
+    /// # Errors
+    ///
+    /// [`SoftExit`]; nothing has been written then.
+    pub fn store(&mut self, gva: Gva, bytes: &[u8], user: bool) -> Result<(), SoftExit> {
+        let access = Access { user, ..Access::write() };
+        let last = gva.wrapping_add(bytes.len().saturating_sub(1) as u64);
+        if gva.page() != last.page() {
+            // No part is written before the fault of a later part is known.
+            self.touch(last, access)?;
+        }
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = gva.wrapping_add(done as u64);
+            let skip = (at.0 % 8) as usize;
+            let n = (8 - skip).min(bytes.len() - done);
+            let part = &bytes[done..done + n];
+            match self.translate(at, access)? {
+                Found::Page(page) => {
+                    let (mut value, mut mask) = ([0; 8], [0; 8]);
+                    value[skip..skip + n].copy_from_slice(part);
+                    mask[skip..skip + n].fill(0xff);
+                    let word = self.word_of(page, at);
+                    crate::memory::store_masked(
+                        word,
+                        u64::from_le_bytes(value),
+                        u64::from_le_bytes(mask),
+                    );
+                }
+                Found::Emulate => self.emulate(|vcpu| vcpu.write(at, part, user))?,
+            }
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Compares and exchanges an aligned 8-byte word, as one step with respect to every vCPU;
+    /// rounds the address down. `Ok(Err(now))` if it held something else.
+    ///
+    /// # Errors
+    ///
+    /// [`SoftExit`].
+    pub fn cmpxchg(
+        &mut self,
+        gva: Gva,
+        old: u64,
+        new: u64,
+        user: bool,
+    ) -> Result<Result<(), u64>, SoftExit> {
+        let access = Access { user, ..Access::write() };
+        match self.translate(gva, access)? {
+            Found::Page(page) => {
+                let word = self.word_of(page, gva);
+                // AcqRel: a locked instruction orders everything around it.
+                let result = word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire);
+                Ok(result.map(drop))
+            }
+            Found::Emulate => self.emulate(|vcpu| vcpu.cmpxchg(gva, old, new, user)),
+        }
+    }
+
+    /// INVLPG.
+    pub fn invlpg(&mut self, gva: Gva) {
+        self.cpu.invlpg(gva);
+        // Entries that other vCPUs' writes dropped are in the log: a drain makes them take effect
+        // here as well (the guest's own shootdown).
+        self.leave();
+    }
+
+    /// Goes outside until the next access.
+    pub fn leave(&mut self) {
+        if self.inside {
+            self.inside = false;
+            self.cpu.vcpu.leave();
+        }
+    }
+
+    fn copy_out(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), SoftExit> {
+        let last = gva.wrapping_add(buf.len().saturating_sub(1) as u64);
+        if gva.page() != last.page() {
+            self.touch(last, access)?;
+        }
+        let mut done = 0;
+        while done < buf.len() {
+            let at = gva.wrapping_add(done as u64);
+            let skip = (at.0 % 8) as usize;
+            let n = (8 - skip).min(buf.len() - done);
+            let bytes = self.word(at, access)?.load(Ordering::Acquire).to_le_bytes();
+            buf[done..done + n].copy_from_slice(&bytes[skip..skip + n]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Makes the access's translation without the access.
+    fn touch(&mut self, gva: Gva, access: Access) -> Result<(), SoftExit> {
+        self.translate(gva, access).map(drop)
+    }
+
+    /// The word that a read or fetch of `gva` meets.
+    #[inline]
+    fn word(&mut self, gva: Gva, access: Access) -> Result<&AtomicU64, SoftExit> {
+        match self.translate(gva, access)? {
+            Found::Page(page) => Ok(self.word_of(page, gva)),
+            // Only writes are emulated.
+            Found::Emulate => Err(SoftExit::Mmio(Gpa(0))),
+        }
+    }
+
+    #[inline]
+    fn word_of(&self, page: *const AtomicU64, gva: Gva) -> &AtomicU64 {
+        let offset = (gva.page_offset() / 8) as usize;
+        let offset = if cfg!(loom) { offset % PAGE_WORDS } else { offset };
+        // SAFETY: `page` points at a page of a slot's backing, PAGE_WORDS words long. It was found
+        // by a walk of the shadow tables, or in the TLB, since the vCPU went inside; whoever
+        // releases the backing first takes the page's entries away and waits until this vCPU has
+        // left or drained, which needs this same `&self`.
+        unsafe { &*page.add(offset) }
+    }
+
+    /// Carries out an access through the guest's own tables, outside.
+    fn emulate<T>(
+        &mut self,
+        access: impl FnOnce(&Vcpu) -> Result<T, AccessError>,
+    ) -> Result<T, SoftExit> {
+        self.leave();
+        access(&self.cpu.vcpu).map_err(|error| match error {
+            AccessError::Fault(fault) => SoftExit::Fault(fault),
+            AccessError::Mmio { gpa, .. } => SoftExit::Mmio(gpa),
+        })
+    }
+
+    /// The host page behind an address, from the TLB, the shadow tables or a fault.
+    #[inline]
+    fn translate(&mut self, gva: Gva, access: Access) -> Result<Found, SoftExit> {
+        if self.inside && !self.cpu.vcpu.cursor.has_requests() {
+            let entry = &self.cpu.tlb[slot(gva)];
+            let allowed = match access.kind {
+                Kind::Read => true,
+                Kind::Write => entry.write,
+                Kind::Execute => entry.execute,
+            };
+            if entry.tag == tag(gva, access.user) && allowed {
+                return Ok(Found::Page(entry.page));
+            }
+        }
+        self.translate_slow(gva, access)
+    }
+
+    #[cold]
+    fn translate_slow(&mut self, gva: Gva, access: Access) -> Result<Found, SoftExit> {
+        loop {
+            self.go_inside(access.user)?;
+            if let Some(found) = self.walk(gva, access) {
+                return Ok(Found::Page(found));
+            }
+            self.leave();
+            match self.cpu.vcpu.fault(gva, access) {
+                Ok(Outcome::Fixed) => {}
+                Ok(Outcome::Guest(fault)) => return Err(SoftExit::Fault(fault)),
+                Ok(Outcome::Emulate { .. }) => return Ok(Found::Emulate),
+                Ok(Outcome::Mmio { gpa }) => return Err(SoftExit::Mmio(gpa)),
+                Err(stall) => self.wait(stall),
+            }
+        }
+    }
+
+    fn wait(&mut self, stall: Stall) {
+        self.leave();
+        let mut backoff = Backoff::default();
+        while self.cpu.vcpu.must_wait(stall) {
+            backoff.wait();
+        }
+    }
+
+    /// Goes inside if outside, or if somebody has asked for something.
+    fn go_inside(&mut self, user: bool) -> Result<(), SoftExit> {
+        let loaded = self.cpu.roots[usize::from(user)].is_some();
+        if self.inside && loaded && !self.cpu.vcpu.cursor.has_requests() {
+            return Ok(());
+        }
+        self.leave();
+        loop {
+            let SoftVcpu { vcpu, tlb, .. } = &mut *self.cpu;
+            let entered = vcpu.enter(user, |downgrade| match downgrade {
+                Downgrade::Entry { gva: Some(gva), .. } => {
+                    let entry = &mut tlb[slot(gva)];
+                    if entry.tag & !1 == gva.page().0 {
+                        *entry = Translation::NONE;
+                    }
+                }
+                _ => tlb.fill(Translation::NONE),
+            });
+            match entered {
+                Ok(Entry::Run { generation, .. }) => {
+                    self.inside = true;
+                    self.cpu.vcpu.drained(generation);
+                    self.cpu.roots = self.cpu.vcpu.roots;
+                    return Ok(());
+                }
+                Ok(Entry::Exit) => return Err(SoftExit::Requested),
+                Err(stall) => self.wait(stall),
+            }
+        }
+    }
+
+    /// Walks the shadow tables as a processor does. `None` is a page fault.
+    fn walk(&mut self, gva: Gva, access: Access) -> Option<*const AtomicU64> {
+        let engine = &self.cpu.vcpu.engine;
+        let unused = 64 - crate::shadow::shift(LEVELS + 1);
+        if ((gva.0 << unused) as i64 >> unused) as u64 != gva.0 {
+            return None;
+        }
+        let mut table = self.cpu.roots[usize::from(access.user)]?;
+        let mut spte = Spte::EMPTY;
+        for level in (1..=LEVELS).rev() {
+            spte = engine.entry(Location::new(table, index(gva, level)));
+            if !spte.is_present() {
+                return None;
+            }
+            if level > 1 {
+                table = engine.table_at(spte.machine())?;
+            }
+        }
+        let (write, execute) = (spte.is_writable(), spte.is_executable());
+        if access.kind == Kind::Write && !write || access.kind == Kind::Execute && !execute {
+            return None;
+        }
+        // From machine address to pointer: what a processor's memory bus does.
+        let guard = self.cpu.vcpu.context.handle.pin();
+        let (slot_of, page) = engine.memory.load(&guard).by_machine(spte.machine())?;
+        let page = slot_of.word(page, 0)? as *const AtomicU64;
+        self.cpu.tlb[slot(gva)] = Translation { tag: tag(gva, access.user), page, write, execute };
+        Some(page)
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// Where an access goes.
+enum Found {
+    /// To this page of host memory.
+    Page(*const AtomicU64),
+    /// To a guest page table that the engine shadows.
+    Emulate,
+}
+
+#[inline]
+fn tag(gva: Gva, user: bool) -> u64 {
+    gva.0 & !(PAGE_SIZE - 1) | u64::from(user)
+}
+
+#[inline]
+fn slot(gva: Gva) -> usize {
+    (gva.0 / PAGE_SIZE) as usize % TLB
+}

@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Behaviour of the shadow through the software vCPU, single-threaded and under load; each test
+//! ends with the audit.
+
+mod common;
+
+use common::{Guest, MIB, PAGE, RWU};
+use mmu_core::addr::{Gpa, Gva};
+use mmu_core::memory::{AllocatedMemory, SlotConfig, SlotId};
+use mmu_core::paging::{Reason, bits};
+use mmu_core::vcpu::{SoftExit, SoftVcpu};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+fn load(cpu: &mut SoftVcpu, gva: u64) -> u64 {
+    cpu.session().load_u64(Gva(gva), true).unwrap()
+}
+
+fn store(cpu: &mut SoftVcpu, gva: u64, value: u64) {
+    cpu.session().store(Gva(gva), &value.to_le_bytes(), true).unwrap();
+}
+
+fn reason(result: Result<(), SoftExit>) -> Reason {
+    match result {
+        Err(SoftExit::Fault(fault)) => fault.reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn pages_are_mapped_on_demand() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    for page in 0..8 {
+        guest.map(Gva(0x7000_0000 + page * PAGE), Gpa(0x10_0000 + page * PAGE), RWU);
+    }
+    let mut cpu = guest.vcpu();
+    for page in 0..8 {
+        store(&mut cpu, 0x7000_0000 + page * PAGE + 8 * page, 100 + page);
+    }
+    for page in 0..8 {
+        assert_eq!(load(&mut cpu, 0x7000_0000 + page * PAGE + 8 * page), 100 + page);
+        assert_eq!(guest.read(Gpa(0x10_0000 + page * PAGE + 8 * page)), 100 + page);
+    }
+    let report = guest.audit();
+    assert_eq!((report.sptes, report.pages), (8, 4));
+    let stats = guest.mmu.stats();
+    assert_eq!((stats.pf_fixed, stats.mmu_cache_miss, stats.pf_retry), (8, 4, 0));
+}
+
+#[test]
+fn faults_of_the_guest_are_the_guests() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    guest.map(Gva(0x1000), Gpa(0x1000), bits::P | bits::US);
+    guest.map(Gva(0x2000), Gpa(0x2000), bits::P | bits::RW);
+    guest.map(Gva(0x3000), Gpa(0x3000), RWU | bits::NX);
+    guest.map(Gva(0x4000), Gpa(1 << 40), RWU);
+    let mut cpu = guest.vcpu();
+    let mut s = cpu.session();
+    assert_eq!(reason(s.store(Gva(0x1000), &[1], true)), Reason::Write);
+    assert_eq!(s.load(Gva(0x1000), &mut [0], true), Ok(()));
+    assert_eq!(reason(s.store(Gva(0x1000), &[1], true)), Reason::Write);
+    assert_eq!(reason(s.load(Gva(0x2000), &mut [0], true)), Reason::User);
+    assert_eq!(s.load(Gva(0x2000), &mut [0], false), Ok(()));
+    assert_eq!(reason(s.load(Gva(0x2000), &mut [0], true)), Reason::User);
+    assert_eq!(reason(s.fetch(Gva(0x3000), &mut [0], true)), Reason::Fetch);
+    assert_eq!(reason(s.load(Gva(0x5000), &mut [0], true)), Reason::NotPresent);
+    assert_eq!(reason(s.load(Gva(1 << 50), &mut [0], true)), Reason::NonCanonical);
+    assert_eq!(s.load(Gva(0x4000), &mut [0], true), Err(SoftExit::Mmio(Gpa(1 << 40))));
+    // Nothing of an access that faults in its second page is done.
+    guest.map(Gva(0x8000), Gpa(0x8000), RWU);
+    assert_eq!(reason(s.store(Gva(0x8ffc), &[0xff; 8], true)), Reason::NotPresent);
+    assert_eq!(guest.read(Gpa(0x8ff8)), 0);
+    drop(s);
+    guest.audit();
+}
+
+#[test]
+fn an_edited_entry_takes_effect_at_invlpg() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    let window = Gva(0x40_0000);
+    guest.write(Gpa(0x1000), 0xa);
+    guest.write(Gpa(0x2000), 0xb);
+    guest.map(window, Gpa(0x1000), RWU);
+    // The guest reaches its own table.
+    let entry = guest.entry(guest.root, window, 1);
+    guest.map(Gva(0x80_0000), Gpa(entry.0 & !0xfff), RWU);
+    let edit = 0x80_0000 + entry.0 % PAGE;
+    let mut cpu = guest.vcpu();
+    let mut other = guest.vcpu();
+    for round in 0..10u64 {
+        let expected = [0xa, 0xb][round as usize % 2];
+        assert_eq!(load(&mut cpu, window.0), expected);
+        assert_eq!(load(&mut other, window.0), expected);
+        store(&mut cpu, edit, [0x2000, 0x1000][round as usize % 2] | RWU);
+        cpu.session().invlpg(window);
+        other.session().invlpg(window);
+    }
+    let stats = guest.mmu.stats();
+    assert_eq!(stats.mmu_pte_write, 10);
+    assert!(stats.pf_emulate >= 10 && stats.mmu_pte_zapped >= 10);
+    guest.audit();
+}
+
+#[test]
+fn large_guest_pages_are_mapped_small() {
+    let guest = Guest::new(8 * MIB, 6 * MIB, 256, true);
+    let at = guest.entry(guest.root, Gva(0x4000_0000), 2);
+    guest.write(at, 0x20_0000 | RWU | bits::PS);
+    let mut cpu = guest.vcpu();
+    assert_eq!(load(&mut cpu, 0x4000_5000), 0);
+    store(&mut cpu, 0x4000_5008, 7);
+    store(&mut cpu, 0x401f_f000, 8);
+    assert_eq!((guest.read(Gpa(0x20_5008)), guest.read(Gpa(0x3f_f000))), (7, 8));
+    guest.audit();
+    // Read-only now: what is there must go.
+    guest.write(at, 0x20_0000 | bits::P | bits::US | bits::PS);
+    cpu.session().invlpg(Gva(0x4000_5000));
+    assert_eq!(reason(cpu.session().store(Gva(0x4000_5008), &[1], true)), Reason::Write);
+    guest.audit();
+}
+
+#[test]
+fn a_slot_is_released_with_its_last_user() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    let backing = Arc::new(AllocatedMemory::new(MIB));
+    let create = || guest.mmu.create_slot(SlotConfig::new(1, Gpa(16 * MIB), backing.clone()));
+    create().unwrap();
+    for page in 0..16 {
+        guest.map(Gva(0x1_0000 + page * PAGE), Gpa(16 * MIB + page * PAGE), RWU);
+    }
+    let mut cpu = guest.vcpu();
+    for page in 0..16 {
+        store(&mut cpu, 0x1_0000 + page * PAGE, page);
+    }
+    let held = guest.mmu.memory();
+    guest.mmu.delete_slot(SlotId(1)).unwrap();
+    assert!(Arc::strong_count(&backing) > 1, "a snapshot keeps it");
+    drop(held);
+    assert_eq!(Arc::strong_count(&backing), 1);
+    let gone = cpu.session().load(Gva(0x1_0000), &mut [0], true);
+    assert_eq!(gone, Err(SoftExit::Mmio(Gpa(16 * MIB))));
+    guest.audit();
+    create().unwrap();
+    assert_eq!(load(&mut cpu, 0x1_5000), 5);
+    guest.audit();
+}
+
+#[test]
+fn tables_in_a_deleted_slot_are_forgotten() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    let backing = || Arc::new(AllocatedMemory::new(MIB));
+    guest.mmu.create_slot(SlotConfig::new(1, Gpa(16 * MIB), backing())).unwrap();
+    let gva = Gva(0x1234_5000);
+    guest.write(guest.entry(guest.root, gva, 2), 16 * MIB | RWU);
+    let at = guest.entry(guest.root, gva, 1);
+    assert_eq!(at.gfn().gpa(), Gpa(16 * MIB));
+    guest.write(at, 0x5000 | RWU);
+    let mut cpu = guest.vcpu();
+    store(&mut cpu, gva.0, 1);
+    guest.mmu.delete_slot(SlotId(1)).unwrap();
+    guest.audit();
+    assert_eq!(reason(cpu.session().load(gva, &mut [0], true)), Reason::TableOutside);
+    guest.mmu.create_slot(SlotConfig::new(1, Gpa(16 * MIB), backing())).unwrap();
+    assert_eq!(reason(cpu.session().load(gva, &mut [0], true)), Reason::NotPresent);
+    guest.audit();
+}
+
+#[test]
+fn few_table_frames_are_recycled() {
+    let guest = Guest::new(64 * MIB, 32 * MIB, 64, false);
+    let mut cpu = guest.vcpu();
+    // Each page needs three tables of its own.
+    for page in 0..200u64 {
+        guest.map(Gva(page << 39 >> 2 & 0x7fff_ffff_f000), Gpa(page * PAGE), RWU);
+    }
+    for page in 0..200u64 {
+        store(&mut cpu, page << 39 >> 2 & 0x7fff_ffff_f000, page);
+    }
+    for page in 0..200u64 {
+        assert_eq!(load(&mut cpu, page << 39 >> 2 & 0x7fff_ffff_f000), page);
+    }
+    assert!(guest.mmu.stats().mmu_recycled > 100);
+    guest.audit();
+}
+
+#[test]
+fn the_dirty_log_has_every_write() {
+    let guest = Guest::new(8 * MIB, 4 * MIB, 256, true);
+    for page in 0..1024 {
+        guest.map(Gva(page * PAGE), Gpa(page * PAGE), RWU);
+    }
+    let mut bitmap = [0u64; 32];
+    let mut log = || {
+        guest.mmu.dirty_log(SlotId(0), &mut bitmap).unwrap();
+        let set = |page: &usize| bitmap[page / 64] >> (page % 64) & 1 != 0;
+        (0..1024).filter(set).collect::<Vec<_>>()
+    };
+    let mut cpu = guest.vcpu();
+    log();
+    store(&mut cpu, 5 * PAGE, 1);
+    assert_eq!(log(), [5]);
+    assert_eq!(log(), [0usize; 0]);
+    load(&mut cpu, 6 * PAGE);
+    assert_eq!(log(), [0usize; 0]);
+    store(&mut cpu, 5 * PAGE, 1);
+    store(&mut cpu, 700 * PAGE, 1);
+    guest.write(Gpa(9 * PAGE), 1);
+    assert_eq!(log(), [5, 9, 700]);
+    guest.audit();
+}
+
+/// Several vCPUs touch, edit their tables and are zapped, recycled and harvested at once.
+#[test]
+fn stress_everything_at_once() {
+    const VCPUS: u64 = 4;
+    const PAGES: u64 = 64;
+    let guest = Guest::new(16 * MIB, 8 * MIB, 96, true);
+    let shared = Gva(0x5000_0000);
+    guest.map(shared, Gpa(0x7f_0000), RWU);
+    let mut edits = Vec::new();
+    for id in 0..VCPUS {
+        let base = (id + 1) << 32;
+        for page in 0..PAGES {
+            guest.map(Gva(base + page * PAGE), Gpa((id * 2 * PAGES + page) * PAGE), RWU);
+        }
+        let table = guest.entry(guest.root, Gva(base), 1);
+        // Two ways to the same table.
+        guest.map(Gva(base + 0x4000_0000), table, RWU);
+        guest.map(Gva(base + 0x8000_0000), table, RWU);
+        edits.push(base + 0x4000_0000);
+    }
+    let stop = AtomicBool::new(false);
+    let total = AtomicU64::new(0);
+    let end = Instant::now() + Duration::from_secs(3);
+    std::thread::scope(|s| {
+        for id in 0..VCPUS {
+            let (guest, stop, total, edit) = (&guest, &stop, &total, edits[id as usize]);
+            s.spawn(move || {
+                let mut cpu = guest.vcpu();
+                let base = (id + 1) << 32;
+                let mut x = id + 1;
+                let mut frames: Vec<u64> = (0..PAGES).map(|p| id * 2 * PAGES + p).collect();
+                let mut spare: Vec<u64> = (PAGES..2 * PAGES).map(|p| id * 2 * PAGES + p).collect();
+                let mut values = std::collections::HashMap::new();
+                let mut n = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    x ^= x << 13;
+                    x ^= x >> 7;
+                    x ^= x << 17;
+                    let page = (x >> 8) % PAGES;
+                    let gva = base + page * PAGE + (x >> 20) % 512 * 8;
+                    let key = (frames[page as usize], gva % PAGE);
+                    match x % 8 {
+                        0 => {
+                            // Remap the page: the other table window now and then.
+                            let window = if x & 0x100 == 0 { edit } else { edit + 0x4000_0000 };
+                            let new = spare.swap_remove((x >> 30) as usize % spare.len());
+                            spare.push(std::mem::replace(&mut frames[page as usize], new));
+                            store(&mut cpu, window + page * 8, new * PAGE | RWU);
+                            cpu.session().invlpg(Gva(base + page * PAGE));
+                        }
+                        1..=3 => {
+                            store(&mut cpu, gva, x);
+                            values.insert(key, x);
+                        }
+                        4 => {
+                            let at = shared.0 + id * 8;
+                            let mut session = cpu.session();
+                            let old = session.load_u64(Gva(at), true).unwrap();
+                            assert_eq!(
+                                session.cmpxchg(Gva(at), old, old + 1, true).unwrap(),
+                                Ok(())
+                            );
+                            total.fetch_add(1, Ordering::Relaxed);
+                        }
+                        _ => {
+                            assert_eq!(load(&mut cpu, gva), values.get(&key).copied().unwrap_or(0))
+                        }
+                    }
+                    n += 1;
+                }
+                assert!(n > 1000, "vCPU {id} got {n} operations done");
+            });
+        }
+        let (guest, stop) = (&guest, &stop);
+        s.spawn(move || {
+            let mut bitmap = [0u64; 64];
+            let mut n = 0;
+            while !stop.load(Ordering::Relaxed) {
+                guest.mmu.dirty_log(SlotId(0), &mut bitmap).unwrap();
+                if n % 8 == 0 {
+                    guest.mmu.zap_all();
+                }
+                if n % 16 == 1 {
+                    let backing = Arc::new(AllocatedMemory::new(MIB));
+                    guest.mmu.create_slot(SlotConfig::new(9, Gpa(64 * MIB), backing)).unwrap();
+                    guest.mmu.delete_slot(SlotId(9)).unwrap();
+                }
+                n += 1;
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        stop.store(true, Ordering::Relaxed);
+    });
+    guest.audit();
+    let sum: u64 = (0..VCPUS).map(|id| guest.read(Gpa(0x7f_0000 + id * 8))).sum();
+    assert_eq!(sum, total.load(Ordering::Relaxed));
+    let stats = guest.mmu.stats();
+    assert!(stats.mmu_pte_write > 100 && stats.mmu_shadow_zapped > 100, "{stats:?}");
+}
