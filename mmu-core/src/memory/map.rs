@@ -230,6 +230,23 @@ pub(crate) fn store_masked(cell: &AtomicU64, value: u64, mask: u64) {
     }
 }
 
+/// Exchanges the bytes under `mask` if they are `old`; the others keep what they are. The bytes as
+/// they were if they are not.
+pub(crate) fn exchange_masked(cell: &AtomicU64, old: u64, new: u64, mask: u64) -> Result<(), u64> {
+    let mut now = cell.load(Ordering::Acquire);
+    loop {
+        if now & mask != old & mask {
+            return Err(now & mask);
+        }
+        let next = now & !mask | new & mask;
+        // AcqRel: a locked instruction orders everything around it (SDM vol. 3, 9.2.2).
+        match cell.compare_exchange_weak(now, next, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return Ok(()),
+            Err(changed) => now = changed,
+        }
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::super::AllocatedMemory;

@@ -17,8 +17,8 @@ mod vm_memory;
 pub(crate) use backing::PAGE_WORDS;
 pub use backing::{AllocatedMemory, Backing};
 pub use error::SlotError;
-pub(crate) use map::store_masked;
 pub use map::{Hint, MemoryMap};
+pub(crate) use map::{exchange_masked, store_masked};
 pub use slot::{Slot, SlotConfig, SlotId};
 #[cfg(all(feature = "vm-memory", not(loom)))]
 pub use vm_memory::{RegionError, VmMemoryRegion};

@@ -57,6 +57,25 @@ impl<'m> Window<'m> {
         Self { words: slot.words(), base: slot.base().gpa().0 }
     }
 
+    /// The word with the entry for `gva` in the table of this level; moves to the table's slot.
+    #[inline(always)]
+    pub(super) fn entry<L: Layout>(
+        &mut self,
+        map: &'m MemoryMap,
+        hint: &Hint,
+        table: u64,
+        gva: u64,
+        level: u8,
+    ) -> Option<&'m AtomicU64> {
+        let index = L::index(gva, level);
+        let word = if L::WIDE { index } else { index / 2 };
+        if let Some(cell) = self.word(table, word) {
+            return Some(cell);
+        }
+        *self = Self::new(Self::move_to(map, hint, table)?);
+        self.word(table, word)
+    }
+
     /// A word of the page at `table`.
     #[cfg(not(loom))]
     #[inline(always)]
@@ -177,15 +196,8 @@ impl PagingMode {
         let mut window = Window::at(map, hint, table).ok_or_else(|| outside(L::LEVELS))?;
         for level in (1..=L::LEVELS).rev() {
             let index = L::index(gva, level);
-            let word = if L::WIDE { index } else { index / 2 };
-            let cell = match window.word(table, word) {
-                Some(cell) => cell,
-                None => {
-                    let slot = Window::move_to(map, hint, table);
-                    window = Window::new(slot.ok_or_else(|| outside(level))?);
-                    window.word(table, word).ok_or_else(|| outside(level))?
-                }
-            };
+            let cell = window.entry::<L>(map, hint, table, gva, level);
+            let cell = cell.ok_or_else(|| outside(level))?;
             // Acquire: a table that another vCPU filled before it stored this entry is seen full.
             let stored = cell.load(Ordering::Acquire);
             let entry = if L::WIDE { stored } else { half(stored, index) };

@@ -3,9 +3,39 @@
 
 use super::{Engine, FrameId, Location, Stats};
 use crate::addr::{ENTRIES, Gpa, PAGE_SIZE};
-use crate::memory::{Hint, MemoryMap};
+use crate::memory::{Hint, MemoryMap, exchange_masked};
 use crate::sync::epoch::Guard;
-use crate::sync::{Ordering, fence, rule};
+use crate::sync::{AtomicU64, Ordering, fence, rule};
+
+/// A compare-and-exchange of 1, 2, 4 or 8 bytes within an aligned 8-byte word.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Exchange {
+    /// Bytes from the beginning of the word, in bits.
+    shift: u32,
+    pub(crate) size: usize,
+    old: u64,
+    new: u64,
+}
+
+impl Exchange {
+    /// `None` if the size is none of 1, 2, 4 and 8, or the bytes cross the word's end.
+    pub(crate) fn new(address: u64, size: usize, old: u64, new: u64) -> Option<Self> {
+        let within = (address % 8) as usize + size <= 8;
+        (matches!(size, 1 | 2 | 4 | 8) && within).then_some(Self {
+            shift: (address % 8) as u32 * 8,
+            size,
+            old,
+            new,
+        })
+    }
+
+    /// The bytes as they were, if they were not the expected ones.
+    pub(crate) fn apply(self, word: &AtomicU64) -> Result<(), u64> {
+        let mask = u64::MAX >> (64 - 8 * self.size as u32) << self.shift;
+        let (old, new) = (self.old << self.shift, self.new << self.shift);
+        exchange_masked(word, old, new, mask).map_err(|now| now >> self.shift)
+    }
+}
 
 impl Engine {
     /// Writes guest-physical memory, tells the shadow and the dirty log. Returns how many bytes
@@ -23,32 +53,25 @@ impl Engine {
         done
     }
 
-    /// Compares and exchanges an aligned 8-byte word of guest memory, as one step with respect to
-    /// every vCPU. `None` if it lies in no slot.
+    /// Compares and exchanges part of an aligned 8-byte word of guest memory, as one step with
+    /// respect to every vCPU. `None` if it lies in no slot.
     pub(crate) fn cmpxchg_phys(
         &self,
         stats: &Stats,
         guard: &Guard<'_>,
         map: &MemoryMap,
         gpa: Gpa,
-        old: u64,
-        new: u64,
+        exchange: Exchange,
     ) -> Option<Result<(), u64>> {
         let hint = Hint::default();
         let slot = map.slot(gpa.gfn(), &hint)?;
         let index = slot.index_of(gpa.gfn());
-        // AcqRel: a locked instruction orders everything around it.
-        let result = slot.word(index, gpa.page_offset())?.compare_exchange(
-            old,
-            new,
-            Ordering::AcqRel,
-            Ordering::Acquire,
-        );
+        let result = exchange.apply(slot.word(index, gpa.page_offset())?);
         if result.is_ok() {
             slot.mark_dirty(index);
-            self.guest_wrote(stats, guard, map, gpa, 8);
+            self.guest_wrote(stats, guard, map, gpa, exchange.size as u64);
         }
-        Some(result.map(drop))
+        Some(result)
     }
 
     /// Drops the shadow entries made from guest entries in the `len` bytes at `gpa`, which were

@@ -43,6 +43,9 @@ pub enum Outcome {
         /// Guest-physical address of the access.
         gpa: Gpa,
     },
+    /// The address lies in the part of the address space that the consumer has reserved
+    /// ([`crate::Config::reserved_root_entry`]): the guest cannot use it.
+    Reserved,
     /// No memslot there, or a write to a read-only one: the VMM's to emulate.
     Mmio {
         /// Guest-physical address of the access.
@@ -121,8 +124,9 @@ impl Engine {
         Ok(Outcome::Fixed)
     }
 
-    /// The root page for a table at `gfn`; it may be dead by the time the caller has it.
-    pub(crate) fn root_page(
+    /// Counts the caller as a user of the root page for a guest root table; `None` if the page died
+    /// meanwhile.
+    pub(crate) fn load_root(
         &self,
         context: &Context,
         stats: &Stats,
@@ -132,8 +136,9 @@ impl Engine {
         let guard = context.handle.pin();
         let map = self.memory.load(&guard);
         let key = Key::new(mode.root(), Role::root(mode.levels(), regime));
+        stats.root_loads.bump();
         match self.get_or_make(context, stats, &guard, map, key) {
-            Ok(frame) => Ok(Some(frame)),
+            Ok(frame) => Ok(self.hold_root(frame, key).then_some(frame)),
             Err(Retry::Again) => Ok(None),
             Err(Retry::Stall(stall)) => Err(stall),
         }
@@ -314,6 +319,11 @@ impl Attempt<'_> {
             self.stats.pf_mmio.bump();
             return Ok(Outcome::Mmio { gpa: walk.gpa });
         };
+
+        let top = index(gva, mode.levels());
+        if self.engine.reserved.is_some_and(|(reserved, _)| reserved == top) {
+            return Ok(Outcome::Reserved);
+        }
 
         let mut granted = Granted { write: true, user: true, execute: true };
         let mut page = root;

@@ -31,6 +31,14 @@ const RECORDS: usize = if cfg!(loom) { 4 } else { 4096 };
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Generation(pub(crate) u64);
 
+impl Generation {
+    /// Its number: later generations have larger ones, and none is 0.
+    #[must_use]
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// Something that every processor must forget before it runs guest code again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Downgrade {

@@ -32,6 +32,7 @@ pub use flush::{Downgrade, Generation, Processor};
 pub use frames::{FrameId, Location};
 pub use stats::StatsSnapshot;
 
+pub(crate) use edit::Exchange;
 pub(crate) use fault::FaultInfo;
 pub(crate) use flush::{Cursor, VcpuState, request};
 pub(crate) use role::Regime;

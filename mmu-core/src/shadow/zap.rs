@@ -4,6 +4,7 @@
 use super::Engine;
 use super::flush::Generation;
 use super::frames::{FrameId, Location, state};
+use super::role::Key;
 use super::spte::Spte;
 use crate::addr::{ENTRIES, LEVELS};
 use crate::sync::epoch::Guard;
@@ -73,17 +74,24 @@ impl Engine {
         self.frames.page(frame).is_live()
     }
 
-    /// Counts a vCPU that has the page as root; fails if it is dying (R19).
-    pub(crate) fn hold_root(&self, frame: FrameId) -> bool {
+    /// Counts a vCPU that has the page as root; fails if it is dying, or if the frame holds another
+    /// page by now (R19).
+    pub(super) fn hold_root(&self, frame: FrameId, key: Key) -> bool {
         let page = self.frames.page(frame);
         page.roots.fetch_add(1, Ordering::AcqRel);
         // R19: count, fence, look at the lifecycle. Pairs with the fence in `zap`.
         fence(Ordering::SeqCst);
-        let live = page.is_live();
-        if !live {
+        let held = page.is_live() && page.key() == key;
+        if !held {
             self.release_root(frame);
         }
-        live
+        held
+    }
+
+    /// Counts another use of a root that the caller holds.
+    pub(crate) fn hold_again(&self, frame: FrameId) {
+        // Relaxed: the caller's own count keeps the page.
+        self.frames.page(frame).roots.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The vCPU has the page as root no longer.

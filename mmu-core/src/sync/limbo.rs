@@ -111,6 +111,10 @@ pub(crate) struct Life {
     over: core::sync::atomic::AtomicBool,
 }
 
+// SAFETY: nothing is in the cell; loom checks the accesses to it.
+#[cfg(loom)]
+unsafe impl Sync for Life {}
+
 impl Life {
     /// Called by every method that looks into the snapshot.
     #[inline]

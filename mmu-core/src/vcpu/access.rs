@@ -6,6 +6,7 @@ use super::Vcpu;
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::memory::MemoryMap;
 use crate::paging::{Access, Fault, Kind};
+use crate::shadow::Exchange;
 
 /// Why an access was not made. Nothing was read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +21,14 @@ pub enum AccessError {
         gpa: Gpa,
         /// Bytes of the part.
         len: usize,
+    },
+    /// A locked access that cannot be made as one step.
+    #[error("a locked access of {size} bytes at {gva} is not within an aligned 8-byte word")]
+    Unsupported {
+        /// Guest-virtual address.
+        gva: Gva,
+        /// Bytes.
+        size: usize,
     },
 }
 
@@ -67,27 +76,30 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Compares and exchanges an aligned 8-byte word of guest-virtual memory, as one step with
-    /// respect to every vCPU. `Ok(Err(now))` if it held something else. Waits for nobody.
+    /// Compares `size` bytes with `old` and exchanges them for `new` if they are equal, as one step
+    /// with respect to every vCPU. `Ok(Err(now))` if they were something else. Waits for nobody.
     ///
     /// # Errors
     ///
-    /// [`AccessError`].
+    /// [`AccessError`]; [`AccessError::Unsupported`] unless the size is 1, 2, 4 or 8 and the bytes
+    /// lie within an aligned 8-byte word.
     pub fn cmpxchg(
         &self,
         gva: Gva,
+        size: usize,
         old: u64,
         new: u64,
         user: bool,
     ) -> Result<Result<(), u64>, AccessError> {
+        let exchange =
+            Exchange::new(gva.0, size, old, new).ok_or(AccessError::Unsupported { gva, size })?;
         let guard = self.context.handle.pin();
         let map = self.engine.memory.load(&guard);
         let access = Access { user, ..Access::write() };
-        let gva = Gva(gva.0 & !7);
-        let gpa = self.locate_for_write(map, gva, 8, access)?;
+        let gpa = self.locate_for_write(map, gva, size, access)?;
         self.engine
-            .cmpxchg_phys(&self.state.stats, &guard, map, gpa, old, new)
-            .ok_or(AccessError::Mmio { gpa, len: 8 })
+            .cmpxchg_phys(&self.state.stats, &guard, map, gpa, exchange)
+            .ok_or(AccessError::Mmio { gpa, len: size })
     }
 
     fn locate(&self, map: &MemoryMap, gva: Gva, access: Access) -> Result<Gpa, AccessError> {

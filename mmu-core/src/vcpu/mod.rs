@@ -87,6 +87,9 @@ pub struct Vcpu {
     mode: PagingMode,
     /// Roots in use, for the supervisor and for the user.
     roots: [Option<FrameId>; 2],
+    /// The root that the processor was last told to run on. It stays on it, for drains too, until
+    /// it is told another: R19.
+    loaded: Option<FrameId>,
     /// How often the present wait was polled.
     polls: u32,
 }
@@ -100,7 +103,17 @@ impl Vcpu {
         let context = engine.context();
         let mode = compile(&engine, &context, &regs)?;
         let (state, cursor) = engine.flush.join(processor);
-        Ok(Self { engine, state, cursor, context, regs, mode, roots: [None; 2], polls: 0 })
+        Ok(Self {
+            engine,
+            state,
+            cursor,
+            context,
+            regs,
+            mode,
+            roots: [None; 2],
+            loaded: None,
+            polls: 0,
+        })
     }
 
     /// The registers that decide how addresses are translated.
@@ -152,9 +165,8 @@ impl Vcpu {
         }
         let (mode, regime) = (self.mode, Regime::of(&self.regs, user));
         loop {
-            self.state.stats.root_loads.bump();
-            let found = self.engine.root_page(&self.context, &self.state.stats, &mode, regime)?;
-            if let Some(root) = found.filter(|root| self.engine.hold_root(*root)) {
+            let stats = &self.state.stats;
+            if let Some(root) = self.engine.load_root(&self.context, stats, &mode, regime)? {
                 self.roots[usize::from(user)] = Some(root);
                 return Ok(root);
             }
@@ -204,9 +216,22 @@ impl Vcpu {
             let root = self.root(user)?;
             let generation = self.cursor.drain(&self.engine.flush, &mut apply);
             if self.cursor.enter() {
+                if self.loaded != Some(root) {
+                    self.engine.hold_again(root);
+                    if let Some(old) = self.loaded.replace(root) {
+                        self.engine.release_root(old);
+                    }
+                }
                 return Ok(Entry::Run { root: self.engine.table_machine(root), generation });
             }
         }
+    }
+
+    /// Whether another thread waits for this vCPU. A thread that keeps its vCPU outside for long
+    /// must look at this now and then and let the processor drain.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.cursor.has_requests()
     }
 
     /// Marks the vCPU as outside.
@@ -257,6 +282,9 @@ impl Drop for Vcpu {
     fn drop(&mut self) {
         self.leave();
         self.release_roots();
+        if let Some(loaded) = self.loaded {
+            self.engine.release_root(loaded);
+        }
         self.engine.flush.leave(&self.state);
         lock(&self.engine.past).add(&self.state.stats);
     }

@@ -8,7 +8,9 @@ use super::{AccessError, Entry, Vcpu, VcpuHandle};
 use crate::addr::{Gpa, Gva, LEVELS, PAGE_SIZE};
 use crate::memory::PAGE_WORDS;
 use crate::paging::{Access, Fault, Kind};
-use crate::shadow::{Downgrade, FrameId, Location, Outcome, Processor, Spte, Stall, index};
+use crate::shadow::{
+    Downgrade, Exchange, FrameId, Location, Outcome, Processor, Spte, Stall, index,
+};
 use crate::sync::{AtomicU64, Backoff, Ordering};
 use core::fmt;
 
@@ -37,6 +39,17 @@ pub enum SoftExit {
     /// The access is the VMM's to emulate: no memory, or a write to read-only memory.
     #[error("no memory at guest-physical {0}")]
     Mmio(Gpa),
+    /// The address is in the part of the address space that the consumer has reserved.
+    #[error("{0} is reserved by the VMM")]
+    Reserved(Gva),
+    /// A locked access that cannot be made as one step.
+    #[error("a locked access of {size} bytes at {gva} is not within an aligned 8-byte word")]
+    Unsupported {
+        /// Guest-virtual address.
+        gva: Gva,
+        /// Bytes.
+        size: usize,
+    },
     /// Somebody wants the thread back.
     #[error("the vCPU was asked to exit")]
     Requested,
@@ -196,28 +209,27 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Compares and exchanges an aligned 8-byte word, as one step with respect to every vCPU;
-    /// rounds the address down. `Ok(Err(now))` if it held something else.
+    /// Compares `size` bytes with `old` and exchanges them for `new` if they are equal, as one step
+    /// with respect to every vCPU. `Ok(Err(now))` if they were something else.
     ///
     /// # Errors
     ///
-    /// [`SoftExit`].
+    /// [`SoftExit`]; [`SoftExit::Unsupported`] unless the size is 1, 2, 4 or 8 and the bytes lie
+    /// within an aligned 8-byte word.
     pub fn cmpxchg(
         &mut self,
         gva: Gva,
+        size: usize,
         old: u64,
         new: u64,
         user: bool,
     ) -> Result<Result<(), u64>, SoftExit> {
+        let exchange =
+            Exchange::new(gva.0, size, old, new).ok_or(SoftExit::Unsupported { gva, size })?;
         let access = Access { user, ..Access::write() };
         match self.translate(gva, access)? {
-            Found::Page(page) => {
-                let word = self.word_of(page, gva);
-                // AcqRel: a locked instruction orders everything around it.
-                let result = word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire);
-                Ok(result.map(drop))
-            }
-            Found::Emulate => self.emulate(|vcpu| vcpu.cmpxchg(gva, old, new, user)),
+            Found::Page(page) => Ok(exchange.apply(self.word_of(page, gva))),
+            Found::Emulate => self.emulate(|vcpu| vcpu.cmpxchg(gva, size, old, new, user)),
         }
     }
 
@@ -289,6 +301,7 @@ impl Session<'_> {
         access(&self.cpu.vcpu).map_err(|error| match error {
             AccessError::Fault(fault) => SoftExit::Fault(fault),
             AccessError::Mmio { gpa, .. } => SoftExit::Mmio(gpa),
+            AccessError::Unsupported { gva, size } => SoftExit::Unsupported { gva, size },
         })
     }
 
@@ -322,6 +335,7 @@ impl Session<'_> {
                 Ok(Outcome::Guest(fault)) => return Err(SoftExit::Fault(fault)),
                 Ok(Outcome::Emulate { .. }) => return Ok(Found::Emulate),
                 Ok(Outcome::Mmio { gpa }) => return Err(SoftExit::Mmio(gpa)),
+                Ok(Outcome::Reserved) => return Err(SoftExit::Reserved(gva)),
                 Err(stall) => self.wait(stall),
             }
         }

@@ -6,6 +6,7 @@
 //! something is retired, and a release/acquire edge from the end of each section to the freeing of
 //! what it delayed. Anything still deferred when the collector goes is a leak and panics.
 
+use core::fmt;
 use loom::sync::atomic::{AtomicBool, Ordering, fence};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -47,12 +48,17 @@ impl Inner {
                 ends.values().cloned().collect()
             };
             for end in ends {
-                // Acquire pairs with the Release at the end of each section.
-                end.load(Ordering::Acquire);
+                acquire(&end);
             }
             call();
         }
     }
+}
+
+/// Pairs with the Release at the end of each section. A read-modify-write, because a load may
+/// return a value from before that release, and then there would be no edge.
+fn acquire(end: &AtomicBool) {
+    end.fetch_or(false, Ordering::Acquire);
 }
 
 impl Drop for Inner {
@@ -118,7 +124,7 @@ impl Handle {
             ends.values().cloned().collect()
         };
         for end in ends {
-            end.load(Ordering::Acquire);
+            acquire(&end);
         }
         self.inner.collect();
     }
@@ -155,7 +161,7 @@ impl Guard<'_> {
     }
 
     fn end(&self) {
-        // Release pairs with the Acquire in `collect`.
+        // Release pairs with `acquire`.
         self.handle.end.store(true, Ordering::Release);
         {
             let mut books = self.handle.inner.books();
@@ -175,3 +181,14 @@ impl Drop for Guard<'_> {
         self.end();
     }
 }
+
+macro_rules! debug {
+    ($($t:ty),*) => {$(
+        impl fmt::Debug for $t {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(stringify!($t))
+            }
+        }
+    )*};
+}
+debug!(Collector, Handle, Guard<'_>);
