@@ -184,6 +184,13 @@ impl Mmu {
         Ok(SoftVcpu::new(self.create_vcpu(Arc::new(SoftProcessor), regs)?))
     }
 
+    /// Table frames in use or used before have indices below this; for a consumer that must make
+    /// its processor forget all of them ([`crate::shadow::Downgrade::Everything`]).
+    #[must_use]
+    pub fn table_frames_used(&self) -> u32 {
+        self.engine.frames_used()
+    }
+
     /// The device bus.
     #[must_use]
     pub fn bus(&self) -> &Bus {

@@ -123,7 +123,7 @@ fn sweep(mode: Mode, top: u8, level: u8, upper: &[u64], leaf: &[u64], stride: us
 }
 
 fn stride(release: usize) -> usize {
-    // A prime, so that no bit keeps step with it.
+    // Odd, so that no bit keeps step with it.
     if cfg!(debug_assertions) { release * 61 } else { release }
 }
 
@@ -169,5 +169,5 @@ fn thirty_two_bit() {
     let upper: Vec<_> =
         upper.into_iter().filter(|b| b & PS != 0 || b & (1 << 13 | 1 << 21) == 0).collect();
     let leaf = subsets(&[P, RW, US, A, D, PS]);
-    println!("{} walks", sweep(Mode::ThirtyTwo, 2, 2, &upper, &leaf, stride(2)));
+    println!("{} walks", sweep(Mode::ThirtyTwo, 2, 2, &upper, &leaf, stride(3)));
 }

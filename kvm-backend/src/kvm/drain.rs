@@ -10,6 +10,9 @@
 //! gadget operands … exit                                                       (more to come)
 //! ```
 //!
+//! A kick does not break a program off (a steady stream of kicks would keep it from ever ending) but makes it end in the
+//! VMM: its `leave` becomes `exit`. Programs are short, a millisecond or two where every instruction is emulated.
+//!
 //! Guarantee: a generation is acknowledged only by the program that holds the last of the queue.
 
 use super::KvmError;
@@ -65,10 +68,24 @@ const BODY: usize = WORDS - TAIL - 2;
 /// Leaf downgrades that certainly fit in one program.
 pub(super) const CAPACITY: usize = BODY / (2 * stub::UNROLL + 1) * stub::UNROLL;
 
+/// Frames in one sweep. A program ends with a sweep, so that a kick (which waits for a program's end) waits about as long
+/// as for a full page of leaves.
+const SWEEP: u32 = 512;
+
+/// A downgrade as it is queued.
+#[derive(Clone, Copy, Debug)]
+enum Item {
+    Leaf { entry: u64, gva: u64 },
+    Entry { entry: u64 },
+    Frame { frame: u32 },
+    Sweep { first: u32, frames: u32 },
+    Reload,
+}
+
 /// The downgrades a vCPU still has to carry out, in the order they were queued.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    items: Vec<Downgrade>,
+    items: Vec<Item>,
     /// Items carried out already by earlier programs, counted from the front.
     done: usize,
     /// Items of the program that is (or was last) under way.
@@ -93,7 +110,22 @@ impl Queue {
             return Err(KvmError::BadDowngrade { item, frames });
         }
         self.reload |= !matches!(item, Downgrade::Leaf { .. });
-        self.items.push(item);
+        match item {
+            Downgrade::Leaf { entry, gva } => self.items.push(Item::Leaf { entry, gva }),
+            Downgrade::Entry { entry } => self.items.push(Item::Entry { entry }),
+            Downgrade::Frame { frame } => self.items.push(Item::Frame { frame }),
+            Downgrade::Everything { frames: all } => {
+                self.items.extend(
+                    (0..all)
+                        .step_by(SWEEP as usize)
+                        .map(|first| Item::Sweep { first, frames: SWEEP.min(all - first) }),
+                );
+                if all == 0 {
+                    self.items.push(Item::Reload);
+                }
+            }
+            Downgrade::Reload => self.items.push(Item::Reload),
+        }
         Ok(())
     }
 
@@ -128,6 +160,10 @@ impl Queue {
                 break;
             }
             rest = &rest[self.compose_run(item, rest, job, out)..];
+            let whole_frame = matches!(item, Item::Frame { .. }) && !job.touch_frames;
+            if whole_frame || matches!(item, Item::Sweep { .. }) {
+                break;
+            }
         }
         self.under_way = self.items.len() - self.done - rest.len();
         let last = rest.is_empty();
@@ -153,23 +189,17 @@ impl Queue {
     }
 
     /// Composes the run of like items that `rest` begins with; returns their number.
-    fn compose_run(
-        &self,
-        item: Downgrade,
-        rest: &[Downgrade],
-        job: &Job,
-        out: &mut Vec<u64>,
-    ) -> usize {
+    fn compose_run(&self, item: Item, rest: &[Item], job: &Job, out: &mut Vec<u64>) -> usize {
         let room = BODY - out.len() - 1;
         // A CR3 load at the end makes each invlpg superfluous.
         let leaves = !self.reload;
-        let entry_of = |d: &Downgrade| match *d {
-            Downgrade::Leaf { entry, gva } => Some((entry, gva)),
-            Downgrade::Entry { entry } => Some((entry, 0)),
+        let entry_of = |item: &Item| match *item {
+            Item::Leaf { entry, gva } => Some((entry, gva)),
+            Item::Entry { entry } => Some((entry, 0)),
             _ => None,
         };
         match item {
-            Downgrade::Leaf { .. } | Downgrade::Entry { .. } => {
+            Item::Leaf { .. } | Item::Entry { .. } => {
                 let most = stub::UNROLL.min(room / if leaves { 2 } else { 1 });
                 let run = rest.iter().take(most).map_while(entry_of);
                 let at = out.len();
@@ -189,31 +219,31 @@ impl Queue {
                 };
                 n
             }
-            Downgrade::Frame { frame } if !job.touch_frames => {
+            Item::Frame { frame } if !job.touch_frames => {
                 sweep(stub::sweep_entries(), frame, PAGE / 8 / stub::SWEEP_UNROLL, job, out);
                 1
             }
-            Downgrade::Frame { .. } => {
+            Item::Frame { .. } => {
                 let at = out.len();
                 out.push(0);
                 let mut n = 0;
                 for item in rest.iter().take(stub::UNROLL.min(room)) {
-                    let Downgrade::Frame { frame } = *item else { break };
+                    let Item::Frame { frame } = *item else { break };
                     out.push(ARENA_VA + u64::from(frame) * PAGE);
                     n += 1;
                 }
                 out[at] = nth_last(stub::frame(), stub::frame_end(), n);
                 n
             }
-            Downgrade::Everything { frames: 0 } | Downgrade::Reload => 1,
-            Downgrade::Everything { frames } => {
+            Item::Reload => 1,
+            Item::Sweep { first, frames } => {
                 if job.touch_frames {
                     // Rounded up: the arena is a multiple of a turn.
                     let turns = u64::from(frames).div_ceil(stub::SWEEP_UNROLL);
-                    sweep(stub::sweep_frames(), 0, turns, job, out);
+                    sweep(stub::sweep_frames(), first, turns, job, out);
                 } else {
                     let turns = u64::from(frames) * (PAGE / 8 / stub::SWEEP_UNROLL);
-                    sweep(stub::sweep_entries(), 0, turns, job, out);
+                    sweep(stub::sweep_entries(), first, turns, job, out);
                 }
                 1
             }

@@ -15,8 +15,8 @@
 //!   and executable for the supervisor.
 //! * A gadget never stores a *value* into a table entry, only `lock or entry, 0`: what another vCPU
 //!   installed meanwhile stays.
-//! * Every sequence may be started again from its beginning at any point before its last
-//!   instruction: popping writes nothing, a locked `or` of zero is idempotent.
+//! * Every sequence may be started again from its beginning at any point: popping writes nothing, a locked `or` of zero
+//!   is idempotent. Its words may be changed while the vCPU is outside, as long as they were not popped.
 //! * An exception inside the stub goes through the same vectors, on the stack page reserved for
 //!   exceptions (not on the queue), and is told by the privilege level in its frame.
 //! * Interrupts are off (vectors are interrupt gates, entries have IF clear).
@@ -195,6 +195,11 @@ pub(super) fn code() -> &'static [u8] {
     assert!(len <= PAGE, "stub of {len} bytes");
     // SAFETY: the assembly above lays `len` initialised read-only bytes from `start` to `end`.
     unsafe { std::slice::from_raw_parts(&raw const shadowmmu_stub_start, len as usize) }
+}
+
+/// Whether the vCPU has popped a program's last gadget, `leave`: everything before is done.
+pub(super) fn has_drained(rip: u64) -> bool {
+    (leave()..exit()).contains(&rip)
 }
 
 /// Vector `n`'s address.

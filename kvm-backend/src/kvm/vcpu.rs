@@ -53,6 +53,8 @@ pub struct KvmVcpu {
     root: u64,
     queue: Queue,
     program: Vec<u64>,
+    /// The program in the queue page ends with `leave`.
+    leaves: bool,
     /// KVM holds a state of ours: false at first and after a failure.
     live: bool,
     /// KVM did not take the special registers it was given last.
@@ -82,6 +84,7 @@ impl KvmVcpu {
             root: 0,
             queue: Queue::default(),
             program: Vec::new(),
+            leaves: false,
             live: false,
             stale: false,
         }
@@ -245,13 +248,16 @@ impl KvmVcpu {
             let last = self.compose(generation, drain_only);
             match self.go(Start::Stub) {
                 Back::Exit(exit) => return Ok(exit),
-                Back::Drained if last => {
-                    self.queue.advance();
-                    return Ok(Exit::Drained);
-                }
-                Back::Drained => {
-                    self.queue.advance();
-                }
+                Back::Drained => {}
+            }
+            self.queue.advance();
+            if last && drain_only {
+                return Ok(Exit::Drained);
+            }
+            // The last program comes back here only if it was interrupted.
+            if last || self.kick.pending() {
+                self.kick.take();
+                return Ok(Exit::Interrupted);
             }
         }
     }
@@ -284,7 +290,16 @@ impl KvmVcpu {
             self.word(at + i as u64 * 8).store(*word, Ordering::Relaxed);
         }
         self.program = program;
+        self.leaves = last && !drain_only;
         last
+    }
+
+    /// Makes the program under way end in the VMM.
+    fn cut_short(&self) {
+        if self.leaves {
+            let leave = self.pages.queue + PAGE - stub::ACK_TAIL_WORDS * 8;
+            self.word(leave).store(stub::exit(), Ordering::Relaxed);
+        }
     }
 
     fn program_start(&self, words: usize) -> u64 {

@@ -57,23 +57,53 @@ impl AllocatedMemory {
         Self::build(size, Some(machine))
     }
 
-    #[cfg(not(loom))]
+    /// As [`AllocatedMemory::at`], but reports memory that cannot be had.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfMemory`] names the size.
+    pub fn try_at(size: u64, machine: Machine) -> Result<Self, OutOfMemory> {
+        Self::try_build(size, Some(machine)).ok_or(OutOfMemory { size })
+    }
+
     fn build(size: u64, machine: Option<Machine>) -> Self {
-        let len = size.div_ceil(PAGE_SIZE) as usize * PAGE_WORDS;
+        Self::try_build(size, machine).unwrap_or_else(|| {
+            // What the standard library's collections do without memory.
+            std::alloc::handle_alloc_error(std::alloc::Layout::new::<[u8; PAGE_SIZE as usize]>())
+        })
+    }
+
+    #[cfg(not(loom))]
+    fn try_build(size: u64, machine: Option<Machine>) -> Option<Self> {
+        let len = usize::try_from(size.div_ceil(PAGE_SIZE)).ok()?.checked_mul(PAGE_WORDS)?;
         // A page more than needed, to align by hand: an aligned zeroed allocation would be
         // cleared eagerly by the standard allocator.
-        let words = Box::<[AtomicU64]>::new_zeroed_slice(len + PAGE_WORDS);
-        // SAFETY: zero is a valid `AtomicU64`.
-        let words = unsafe { words.assume_init() };
+        let layout = std::alloc::Layout::array::<AtomicU64>(len.checked_add(PAGE_WORDS)?).ok()?;
+        // SAFETY: the layout is not empty.
+        let words = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<AtomicU64>();
+        if words.is_null() {
+            return None;
+        }
+        let words = core::ptr::slice_from_raw_parts_mut(words, len + PAGE_WORDS);
+        // SAFETY: allocated with the layout of this slice; zero is a valid `AtomicU64`.
+        let words = unsafe { Box::from_raw(words) };
         let first = words.as_ptr().cast::<u8>().align_offset(PAGE_SIZE as usize) / 8;
-        Self { words, first, len, machine }
+        Some(Self { words, first, len, machine })
     }
 
     #[cfg(loom)]
-    fn build(size: u64, machine: Option<Machine>) -> Self {
+    fn try_build(size: u64, machine: Option<Machine>) -> Option<Self> {
         let len = size.div_ceil(PAGE_SIZE) as usize * PAGE_WORDS;
-        Self { words: (0..len).map(|_| AtomicU64::new(0)).collect(), first: 0, len, machine }
+        Some(Self { words: (0..len).map(|_| AtomicU64::new(0)).collect(), first: 0, len, machine })
     }
+}
+
+/// Memory could not be allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{size} bytes of memory cannot be allocated")]
+pub struct OutOfMemory {
+    /// Bytes asked for.
+    pub size: u64,
 }
 
 // SAFETY: the slice is owned and never replaced; it is only lent as shared atomics.

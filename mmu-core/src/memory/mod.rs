@@ -15,7 +15,7 @@ mod slot;
 mod vm_memory;
 
 pub(crate) use backing::PAGE_WORDS;
-pub use backing::{AllocatedMemory, Backing};
+pub use backing::{AllocatedMemory, Backing, OutOfMemory};
 pub use error::SlotError;
 pub use map::{Hint, MemoryMap};
 pub(crate) use map::{exchange_masked, store_masked};

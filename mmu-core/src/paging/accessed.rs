@@ -91,3 +91,35 @@ fn mark_all<L: Layout>(map: &MemoryMap, hint: &Hint, path: &mut Path, leaf_marks
     }
     true
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::addr::{Gpa, Gva};
+    use crate::memory::{AllocatedMemory, SlotConfig, SlotId};
+    use crate::paging::Regs;
+    use std::sync::Arc;
+
+    #[test]
+    fn the_pages_of_updated_tables_are_logged() {
+        let memory = Arc::new(AllocatedMemory::new(0x10000));
+        let slot = SlotConfig::new(0, Gpa(0), memory).log_dirty();
+        let map = MemoryMap::build([slot]).unwrap();
+        let slot = map.by_id(SlotId(0)).unwrap();
+        let entries = [(0x1000, 0x2007), (0x2000, 0x3027), (0x3000, 0x4007), (0x4000, 0x9027)];
+        for (at, value) in entries {
+            slot.words()[at / 8].store(value, Ordering::Relaxed);
+        }
+        let mode = PagingMode::new(&Regs::long_mode(0x1000)).unwrap();
+        let walk = |access| mode.walk(&map, &Hint::default(), Gva(0), access).unwrap();
+        mode.translate(&map, &Hint::default(), Gva(0), Some(Access::write())).unwrap();
+        assert_eq!(slot.take_dirty(0), 0);
+        // Accessed was missing at levels 4 and 2; the page itself is not written by the walk.
+        walk(Access::read());
+        assert_eq!(slot.take_dirty(0), 1 << 1 | 1 << 3);
+        walk(Access::write());
+        assert_eq!(slot.take_dirty(0), 1 << 4);
+        walk(Access::write());
+        assert_eq!(slot.take_dirty(0), 0);
+    }
+}

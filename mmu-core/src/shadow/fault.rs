@@ -273,8 +273,8 @@ impl Engine {
                 generation = Generation(theirs);
             }
         }
-        if rule!(R01) && generation != PROTECTED {
-            if !self.flush.acknowledged(generation, false) {
+        if generation != PROTECTED {
+            if rule!(R01) && !self.flush.acknowledged(generation, false) {
                 return Err(Retry::Stall(Stall::Flush(generation)));
             }
             page.protected.store(PROTECTED.0, Ordering::Release);
@@ -314,7 +314,9 @@ impl Attempt<'_> {
         };
         let gfn = walk.gpa.gfn();
         let write = access.kind == Kind::Write;
-        let slot = self.map.slot(gfn, &self.context.hint);
+        // R31: the map that was walked.
+        let map = if rule!(R31) { self.map } else { self.engine.memory.load(self.guard) };
+        let slot = map.slot(gfn, &self.context.hint);
         let Some(slot) = slot.filter(|slot| !(write && slot.is_read_only())) else {
             self.stats.pf_mmio.bump();
             return Ok(Outcome::Mmio { gpa: walk.gpa });

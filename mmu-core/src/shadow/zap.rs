@@ -69,6 +69,11 @@ impl Engine {
         Some(generation)
     }
 
+    /// Frames that were ever used have numbers below this.
+    pub(crate) fn frames_used(&self) -> u32 {
+        self.frames.high_water()
+    }
+
     /// Whether the page in the frame may be used.
     pub(crate) fn is_live(&self, frame: FrameId) -> bool {
         self.frames.page(frame).is_live()

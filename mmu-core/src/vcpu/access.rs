@@ -7,6 +7,7 @@ use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::memory::MemoryMap;
 use crate::paging::{Access, Fault, Kind};
 use crate::shadow::Exchange;
+use crate::sync::rule;
 
 /// Why an access was not made. Nothing was read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -45,6 +46,8 @@ impl Vcpu {
         for (at, part) in parts(gva, len) {
             let gpa = self.locate(map, at, access)?;
             let bytes = &mut buf[part.clone()];
+            // R31: the map that was walked.
+            let map = if rule!(R31) { map } else { self.engine.memory.load(&guard) };
             if map.read(gpa, bytes) < bytes.len() {
                 return Err(AccessError::Mmio { gpa, len: bytes.len() });
             }

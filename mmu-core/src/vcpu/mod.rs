@@ -90,6 +90,7 @@ pub struct Vcpu {
     /// The root that the processor was last told to run on. It stays on it, for drains too, until
     /// it is told another: R19.
     loaded: Option<FrameId>,
+    faults: u64,
     /// How often the present wait was polled.
     polls: u32,
 }
@@ -113,6 +114,7 @@ impl Vcpu {
             roots: [None; 2],
             loaded: None,
             polls: 0,
+            faults: 0,
         })
     }
 
@@ -134,6 +136,12 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Faults that [`Vcpu::fault`] was asked to serve so far.
+    #[must_use]
+    pub fn faults(&self) -> u64 {
+        self.faults
+    }
+
     /// Another thread's hold on this vCPU.
     #[must_use]
     pub fn handle(&self) -> VcpuHandle {
@@ -146,6 +154,7 @@ impl Vcpu {
     ///
     /// A [`Stall`]: wait with [`Vcpu::must_wait`], then try again.
     pub fn fault(&mut self, gva: Gva, access: Access) -> Result<Outcome, Stall> {
+        self.faults += 1;
         let user = access.user && !access.implicit;
         let root = self.root(user)?;
         let info =

@@ -134,11 +134,13 @@ fn two_vcpus_share_a_root() {
             let start = Instant::now();
             while s.machine.acknowledged(1) < turn {
                 assert!(start.elapsed() < Duration::from_secs(60), "no acknowledgement");
+                thread::yield_now();
             }
             // What runs from here on sees the new pages only.
             let before = ran.load(Ordering::SeqCst);
             while ran.load(Ordering::SeqCst) < before + 2 {
                 assert!(start.elapsed() < Duration::from_secs(60), "no run");
+                thread::yield_now();
             }
             assert_eq!(last_sum.load(Ordering::SeqCst), value * count, "turn {turn}");
         }

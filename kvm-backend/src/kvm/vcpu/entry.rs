@@ -12,7 +12,8 @@
 //! | interrupted | 3 | kick | KVM's registers |
 //! | interrupted | 3, exception pending | kick during delivery | run on: the delivery enters a vector |
 //! | interrupted | 0, in a vector | kick after delivery | as for halted |
-//! | interrupted | 0, elsewhere | kick during a drain | as before the entry, nothing drained |
+//! | interrupted | 0, at `leave` | kick after a drain | as before the entry |
+//! | interrupted | 0, elsewhere | kick during a drain | run on: the drain now ends with `exit` |
 //! | MMIO | 3 | no slot, or a read-only one | KVM's registers, the access completed |
 //! | `EFAULT` | 3 | the host lacks the memory | KVM's registers |
 //!
@@ -112,9 +113,13 @@ impl KvmVcpu {
                 {
                     return Back::Exit(self.syscall());
                 }
+                (Err(libc::EINTR), _) if !ring3 && !stub::has_drained(rip) => {
+                    self.cut_short();
+                    self.kick.hold();
+                }
                 (Err(libc::EINTR), _) => {
+                    self.queue.advance();
                     if ring3 {
-                        self.queue.advance();
                         self.save();
                     }
                     self.kick.take();

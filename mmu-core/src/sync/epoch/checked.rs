@@ -162,7 +162,7 @@ impl Guard<'_> {
 
     fn end(&self) {
         // Release pairs with `acquire`.
-        self.handle.end.store(true, Ordering::Release);
+        self.handle.end.fetch_or(true, Ordering::Release);
         {
             let mut books = self.handle.inner.books();
             if let Some(entry) = books.pinned.get_mut(&self.handle.id) {

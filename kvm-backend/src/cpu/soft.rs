@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A software vCPU: the emulator executes the guest's instructions, and every access goes through
+//! the engine's shadow tables.
+
+use super::bus::{Halted, SoftBus, refused};
+use super::{Cpu, Crash, Event, Watch};
+use crate::emu::{self, DecodeCache, Stop};
+use crate::regs::Regs;
+use mmu_core::Mmu;
+use mmu_core::paging::Regs as ControlRegs;
+use mmu_core::vcpu::{RegsError, SoftVcpu, VcpuHandle};
+
+/// Instructions between two looks at the watch.
+const SLICE: u64 = 1 << 16;
+
+/// A guest vCPU in software.
+#[derive(Debug)]
+pub struct SoftCpu {
+    mmu: Mmu,
+    soft: SoftVcpu,
+    regs: Regs,
+    cache: DecodeCache,
+    watch: Watch,
+    faults: u64,
+}
+
+impl SoftCpu {
+    /// A software vCPU of this engine.
+    ///
+    /// # Errors
+    ///
+    /// [`RegsError`].
+    pub fn new(mmu: &Mmu, regs: ControlRegs, watch: Watch) -> Result<Self, RegsError> {
+        let soft = mmu.create_soft_vcpu(regs)?;
+        let (regs, cache) = (Regs::default(), DecodeCache::new());
+        Ok(Self { mmu: mmu.clone(), soft, regs, cache, watch, faults: 0 })
+    }
+
+    /// Another thread's hold on the vCPU.
+    #[must_use]
+    pub fn handle(&self) -> VcpuHandle {
+        self.soft.handle()
+    }
+}
+
+impl Cpu for SoftCpu {
+    fn regs(&self) -> Regs {
+        self.regs
+    }
+
+    fn set_regs(&mut self, regs: &Regs) {
+        self.regs = *regs;
+    }
+
+    fn run(&mut self) -> Event {
+        loop {
+            let regs = *self.soft.vcpu().regs();
+            let mut bus = SoftBus { mmu: &self.mmu, session: self.soft.session(), regs };
+            let mut budget = SLICE;
+            let event = emu::run(&mut self.regs, &mut bus, &mut self.cache, &mut budget);
+            drop(bus);
+            match event {
+                Ok(emu::Event::Halt) => {
+                    self.watch.exit(self.regs.rip);
+                    return Event::Halt;
+                }
+                Ok(emu::Event::Pause) => std::thread::yield_now(),
+                Ok(_) => {}
+                Err(Stop::Exception(exception)) => {
+                    return Event::Crash(Crash::Exception(exception));
+                }
+                Err(Stop::Bus(Halted::Crash(crash))) => return Event::Crash(crash),
+                Err(Stop::Bus(Halted::Requested)) => return Event::Stopped,
+                Err(Stop::Bus(Halted::Load(regs))) => {
+                    if let Err(error) = self.soft.vcpu_mut().set_regs(regs) {
+                        return Event::Crash(Crash::Exception(refused(&error)));
+                    }
+                }
+            }
+            let faults = self.soft.vcpu().faults();
+            if faults != self.faults {
+                self.faults = faults;
+                self.watch.exit(self.regs.rip);
+            }
+        }
+    }
+
+    /// A software vCPU remembers nothing outside the guest, so nobody waits for it.
+    fn idle(&mut self) {}
+}

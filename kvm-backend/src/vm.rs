@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest with its memory, its engine and, on KVM, its VM.
+
+use crate::cpu::{Cpu, KvmCpu, NewCpuError, SoftCpu, Watch};
+use crate::guest::{GuestImage, ImageError};
+use crate::kvm::{self, KvmError, KvmMachine, TableArena};
+use mmu_core::addr::{Gpa, Machine, PAGE_SIZE};
+use mmu_core::memory::{AllocatedMemory, Backing, OutOfMemory, SlotConfig, SlotError, SlotId};
+use mmu_core::paging::Regs as ControlRegs;
+use mmu_core::sync::AtomicU64;
+use mmu_core::vcpu::{RegsError, VcpuHandle};
+use mmu_core::{Config, ConfigError, Mmu};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Memslots that a guest's memory is cut into.
+const SLOTS: usize = 2;
+/// Machine address of the guest's memory: not its guest-physical one, and above the pages that KVM
+/// wants for itself.
+const MEMORY_BASE: u64 = 4 << 30;
+/// Machine address of the shadow tables of a software VM.
+const SOFT_TABLES: u64 = 1 << 46;
+
+/// Who executes the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// The processor, through KVM.
+    Kvm,
+    /// The emulator, over the library's software vCPU.
+    Soft,
+}
+
+impl Backend {
+    /// As on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Soft => "soft",
+        }
+    }
+
+    /// The best backend here, and why: KVM where it can be opened and has what is needed.
+    #[must_use]
+    pub fn best() -> (Self, String) {
+        match kvm::probe().and_then(|probe| probe.check()) {
+            Ok(()) => (Self::Kvm, "/dev/kvm can be opened and has what is needed".to_owned()),
+            Err(error) => (Self::Soft, error.to_string()),
+        }
+    }
+}
+
+/// Why a guest could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// A number is out of range.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] OutOfMemory),
+    /// KVM failed.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The engine refused its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The engine refused a memslot.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// The engine refused a vCPU.
+    #[error(transparent)]
+    Cpu(#[from] NewCpuError),
+}
+
+impl From<RegsError> for VmError {
+    fn from(error: RegsError) -> Self {
+        Self::Cpu(error.into())
+    }
+}
+
+/// The arena of a KVM machine as the engine's table memory.
+#[derive(Debug)]
+struct Tables(TableArena);
+
+// SAFETY: the arena owns its mapping, whose pages live as long as the arena, and hands it out as a
+// pointer only.
+unsafe impl Backing for Tables {
+    fn words(&self) -> &[AtomicU64] {
+        let len = self.0.frames() as usize * (PAGE_SIZE as usize / 8);
+        // SAFETY: the mapping has that many words, is page-aligned and zeroed, and is accessed as
+        // atomics or by processors.
+        unsafe { std::slice::from_raw_parts(self.0.host().as_ptr().cast(), len) }
+    }
+
+    fn machine(&self) -> Machine {
+        Machine(self.0.machine())
+    }
+}
+
+/// A guest.
+#[derive(Debug)]
+pub struct Vm {
+    mmu: Mmu,
+    image: GuestImage,
+    kvm: Option<Arc<KvmMachine>>,
+    slots: Vec<SlotId>,
+}
+
+impl Vm {
+    /// A guest with all of its memory, and the programs and page tables in it.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`], which names the value.
+    pub fn new(
+        backend: Backend,
+        vcpus: usize,
+        memory_mib: u64,
+        log_dirty: bool,
+    ) -> Result<Self, VmError> {
+        let image = GuestImage::new(memory_mib, vcpus)?;
+        let frames = table_frames(image.layout().memory(), vcpus);
+        let (kvm, config) = match backend {
+            Backend::Kvm => {
+                let kvm = KvmMachine::new(vcpus, frames)?;
+                let (index, value) = kvm.stub_root_entry();
+                let config = Config::new(Arc::new(Tables(kvm.tables())));
+                (Some(kvm), config.reserve_root_entry(index, value))
+            }
+            Backend::Soft => {
+                let size = u64::from(frames) * PAGE_SIZE;
+                let tables = AllocatedMemory::try_at(size, Machine(SOFT_TABLES))?;
+                (None, Config::new(Arc::new(tables)))
+            }
+        };
+        let mut vm = Self { mmu: Mmu::new(config)?, image, kvm, slots: Vec::new() };
+        for (n, (gpa, size)) in vm.image.layout().split(SLOTS).into_iter().enumerate() {
+            let backing = Arc::new(AllocatedMemory::try_at(size, Machine(MEMORY_BASE + gpa))?);
+            let config = SlotConfig::new(n as u32, Gpa(gpa), backing);
+            vm.add_slot(if log_dirty { config.log_dirty() } else { config })?;
+        }
+        let mmu = &vm.mmu;
+        vm.image.write(&mut |gpa, bytes| {
+            mmu.write_phys(Gpa(gpa), bytes);
+        });
+        Ok(vm)
+    }
+
+    /// Adds a memslot, to KVM's machine first: the engine maps only what the processor can reach.
+    fn add_slot(&mut self, config: SlotConfig) -> Result<(), VmError> {
+        let id = config.id;
+        if let Some(kvm) = &self.kvm {
+            let backing = Arc::clone(&config.backing);
+            let host = NonNull::from(backing.words()).cast();
+            let (machine, size, owner) = (backing.machine().0, config.size, Arc::new(backing));
+            // SAFETY: `owner` keeps the memory, which is only ever lent as atomics.
+            unsafe { kvm.add_memory(machine, host, size, config.read_only, owner) }?;
+        }
+        self.mmu.create_slot(config)?;
+        self.slots.push(id);
+        Ok(())
+    }
+
+    /// The engine.
+    #[must_use]
+    pub fn mmu(&self) -> &Mmu {
+        &self.mmu
+    }
+
+    /// What the guest consists of.
+    #[must_use]
+    pub fn image(&self) -> &GuestImage {
+        &self.image
+    }
+
+    /// The memslots.
+    #[must_use]
+    pub fn slots(&self) -> &[SlotId] {
+        &self.slots
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn vcpus(&self) -> usize {
+        self.image.layout().vcpus()
+    }
+
+    /// Takes vCPU `id` for the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// [`VmError`].
+    pub fn cpu(&self, id: usize, watch: Watch) -> Result<(Box<dyn Cpu>, VcpuHandle), VmError> {
+        let regs = ControlRegs::long_mode(self.image.cr3());
+        Ok(match &self.kvm {
+            Some(kvm) => {
+                let cpu = KvmCpu::new(&self.mmu, kvm.vcpu(id)?, regs, watch)?;
+                let handle = cpu.handle();
+                (Box::new(cpu), handle)
+            }
+            None => {
+                let cpu = SoftCpu::new(&self.mmu, regs, watch)?;
+                let handle = cpu.handle();
+                (Box::new(cpu), handle)
+            }
+        })
+    }
+
+    /// Writes a word of guest memory as a device would.
+    pub fn write_word(&self, gpa: u64, value: u64) {
+        self.mmu.write_phys(Gpa(gpa), &value.to_le_bytes());
+    }
+
+    /// Calls `f` with a function that reads guest-physical memory.
+    pub fn with_memory<R>(&self, f: impl FnOnce(&mut dyn FnMut(u64, &mut [u8])) -> R) -> R {
+        let map = self.mmu.memory();
+        f(&mut |gpa, buf| {
+            let read = map.read(Gpa(gpa), buf);
+            buf[read..].fill(0);
+        })
+    }
+}
+
+/// Shadow tables for a guest whose memory is mapped a few times over, in units of 4 KiB.
+fn table_frames(memory: u64, vcpus: usize) -> u32 {
+    let leaves = 2 * memory / (512 * PAGE_SIZE);
+    (leaves + 512 + 64 * vcpus as u64).next_multiple_of(512).min(u64::from(u32::MAX / 2)) as u32
+}
