@@ -87,7 +87,7 @@ impl Engine {
     /// holds no guard.
     pub(super) fn wait_acknowledged(&self, generation: Generation) {
         let mut backoff = Backoff::default();
-        while !self.flush.acknowledged(generation, backoff.is_long()) {
+        while !self.flush.acknowledged(generation, backoff.is_milestone()) {
             backoff.wait();
         }
     }

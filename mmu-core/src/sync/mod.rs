@@ -100,7 +100,18 @@ impl Backoff {
         } else {
             std::thread::yield_now();
         }
+        self.step();
+    }
+
+    /// Counts a step of a wait whose waiting is done elsewhere.
+    pub(crate) fn step(&mut self) {
         self.0 = self.0.saturating_add(1);
+    }
+
+    /// True more and more rarely: when to ask again those who were asked before and do not answer,
+    /// because whoever asked first may have been stopped between asking and kicking.
+    pub(crate) fn is_milestone(&self) -> bool {
+        self.0 > Self::SPINS && self.0.is_power_of_two()
     }
 
     /// Whether waiting has become slow, so that a caller who can do something else should.

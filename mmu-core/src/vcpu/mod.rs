@@ -18,7 +18,7 @@ use crate::shadow::{
     Context, Cursor, Downgrade, Engine, FaultInfo, FrameId, Generation, Outcome, Processor, Regime,
     Stall, VcpuState, request,
 };
-use crate::sync::lock;
+use crate::sync::{Backoff, lock};
 use std::sync::Arc;
 
 /// Why registers were refused; the vCPU keeps the old ones.
@@ -91,8 +91,8 @@ pub struct Vcpu {
     /// it is told another: R19.
     loaded: Option<FrameId>,
     faults: u64,
-    /// How often the present wait was polled.
-    polls: u32,
+    /// The present wait.
+    wait: Backoff,
 }
 
 impl Vcpu {
@@ -113,7 +113,7 @@ impl Vcpu {
             mode,
             roots: [None; 2],
             loaded: None,
-            polls: 0,
+            wait: Backoff::default(),
             faults: 0,
         })
     }
@@ -193,16 +193,14 @@ impl Vcpu {
     /// inside between polls, without running guest code, so that two vCPUs that wait for each
     /// other get on.
     pub fn must_wait(&mut self, stall: Stall) -> bool {
-        self.polls += 1;
-        // Now and then ask again those who were asked before: whoever asked first may have been
-        // stopped between asking and kicking.
-        let insist = self.polls % 64 == 0;
+        let insist = self.wait.is_milestone();
+        self.wait.step();
         let wait = match stall {
             Stall::Flush(generation) => !self.engine.flush.acknowledged(generation, insist),
             Stall::Frames(generation) => !self.engine.flush.drained(generation, insist),
         };
         if !wait {
-            self.polls = 0;
+            self.wait = Backoff::default();
             if let Stall::Frames(_) = stall {
                 // The frames come back with the end of the read sections that know them.
                 self.context.handle.synchronize();

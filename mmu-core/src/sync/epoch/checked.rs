@@ -3,29 +3,47 @@
 //!
 //! Its books (who is pinned, what waits for whom) are kept outside the model. What the model sees
 //! is what the real collector promises and no more: a SeqCst fence when a section begins and when
-//! something is retired, and a release/acquire edge from the end of each section to the freeing of
-//! what it delayed. Anything still deferred when the collector goes is a leak and panics.
+//! something is retired, and a release/acquire edge from the end of each section to whatever runs
+//! after it has ended. Anything still deferred when the collector goes is run then.
 
 use core::fmt;
 use loom::sync::atomic::{AtomicBool, Ordering, fence};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 type Call = Box<dyn FnOnce() + Send>;
 
+/// Readers at a time.
+const READERS: usize = 16;
+
 #[derive(Default)]
 struct Books {
-    next: u64,
+    readers: BTreeSet<usize>,
+    /// Readers so far have numbers below this.
+    used: usize,
     /// Reader → how many guards it holds, and the number of its present section.
-    pinned: BTreeMap<u64, (u32, u64)>,
+    pinned: BTreeMap<usize, (u32, u64)>,
     sections: u64,
     limbo: Vec<(Vec<u64>, Call)>,
 }
 
-#[derive(Default)]
+impl Books {
+    fn open(&self) -> Vec<u64> {
+        self.pinned.values().map(|(_, section)| *section).collect()
+    }
+}
+
 struct Inner {
     books: Mutex<Books>,
-    ends: Mutex<BTreeMap<u64, Arc<AtomicBool>>>,
+    /// For each reader, what it touches at the begin and end of a section. Made with the collector,
+    /// because whoever uses an atomic must have seen it made.
+    sections: [AtomicBool; READERS],
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        Self { books: Mutex::default(), sections: core::array::from_fn(|_| AtomicBool::new(false)) }
+    }
 }
 
 impl Inner {
@@ -35,30 +53,30 @@ impl Inner {
 
     /// Runs every call that no open section delays any more.
     fn collect(&self) {
-        loop {
-            let due = {
-                let mut books = self.books();
-                let open: Vec<u64> = books.pinned.values().map(|(_, section)| *section).collect();
-                let due = books.limbo.iter().position(|(w, _)| w.iter().all(|s| !open.contains(s)));
-                due.map(|at| books.limbo.remove(at).1)
-            };
-            let Some(call) = due else { return };
-            let ends: Vec<_> = {
-                let ends = self.ends.lock().unwrap_or_else(|e| e.into_inner());
-                ends.values().cloned().collect()
-            };
-            for end in ends {
-                acquire(&end);
-            }
-            call();
+        let due: Vec<_> = {
+            let mut books = self.books();
+            let open = books.open();
+            let limbo = core::mem::take(&mut books.limbo);
+            let (waits, due) =
+                limbo.into_iter().partition(|(w, _)| w.iter().any(|s| open.contains(s)));
+            books.limbo = waits;
+            due
+        };
+        if !due.is_empty() {
+            self.look(Ordering::Acquire);
+            due.into_iter().for_each(|(_, call)| call());
         }
     }
-}
 
-/// Pairs with the Release at the end of each section. A read-modify-write, because a load may
-/// return a value from before that release, and then there would be no edge.
-fn acquire(end: &AtomicBool) {
-    end.fetch_or(false, Ordering::Acquire);
+    /// Looks at every reader. With Acquire this pairs with the Release at the end of each section;
+    /// in any case the model then explores both orders of this and the begin or end of a section.
+    /// Read-modify-writes, because a load may return a value from before that release.
+    fn look(&self, ordering: Ordering) {
+        let used = self.books().used;
+        for section in &self.sections[..used] {
+            section.fetch_or(false, ordering);
+        }
+    }
 }
 
 impl Drop for Inner {
@@ -76,24 +94,24 @@ pub struct Collector(Arc<Inner>);
 
 impl Collector {
     pub fn register(&self) -> Handle {
-        let end = Arc::new(AtomicBool::new(false));
         let mut books = self.0.books();
-        books.next += 1;
-        let id = books.next;
-        self.0.ends.lock().unwrap_or_else(|e| e.into_inner()).insert(id, Arc::clone(&end));
-        Handle { inner: Arc::clone(&self.0), id, end }
+        let free = (0..READERS).find(|id| !books.readers.contains(id));
+        let id = free.expect("a model has few readers");
+        books.readers.insert(id);
+        books.used = books.used.max(id + 1);
+        Handle { inner: Arc::clone(&self.0), id }
     }
 }
 
 /// See the module.
 pub struct Handle {
     inner: Arc<Inner>,
-    id: u64,
-    end: Arc<AtomicBool>,
+    id: usize,
 }
 
 impl Handle {
     pub fn pin(&self) -> Guard<'_> {
+        self.inner.sections[self.id].fetch_or(true, Ordering::Relaxed);
         {
             let mut books = self.inner.books();
             books.sections += 1;
@@ -108,24 +126,12 @@ impl Handle {
 
     pub fn synchronize(&mut self) {
         fence(Ordering::SeqCst);
-        let wait: Vec<u64> = self.inner.books().pinned.values().map(|(_, s)| *s).collect();
-        loop {
-            let open = {
-                let books = self.inner.books();
-                books.pinned.values().any(|(_, s)| wait.contains(s))
-            };
-            if !open {
-                break;
-            }
+        self.inner.look(Ordering::Relaxed);
+        let wait = self.inner.books().open();
+        while self.inner.books().open().iter().any(|s| wait.contains(s)) {
             loom::thread::yield_now();
         }
-        let ends: Vec<_> = {
-            let ends = self.inner.ends.lock().unwrap_or_else(|e| e.into_inner());
-            ends.values().cloned().collect()
-        };
-        for end in ends {
-            acquire(&end);
-        }
+        self.inner.look(Ordering::Acquire);
         self.inner.collect();
     }
 }
@@ -133,6 +139,7 @@ impl Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         self.inner.collect();
+        self.inner.books().readers.remove(&self.id);
     }
 }
 
@@ -145,8 +152,9 @@ impl Guard<'_> {
     pub fn defer(&self, f: impl FnOnce() + Send + 'static) {
         // Pairs with the fence in `pin`.
         fence(Ordering::SeqCst);
+        self.handle.inner.look(Ordering::Relaxed);
         let mut books = self.handle.inner.books();
-        let open = books.pinned.values().map(|(_, section)| *section).collect();
+        let open = books.open();
         books.limbo.push((open, Box::new(f)));
     }
 
@@ -161,8 +169,8 @@ impl Guard<'_> {
     }
 
     fn end(&self) {
-        // Release pairs with `acquire`.
-        self.handle.end.fetch_or(true, Ordering::Release);
+        // Pairs with `look`.
+        self.handle.inner.sections[self.handle.id].fetch_or(true, Ordering::Release);
         {
             let mut books = self.handle.inner.books();
             if let Some(entry) = books.pinned.get_mut(&self.handle.id) {

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Whole guests on every backend that is here: the workloads, and guests that go wrong.
+
+use kvm_backend::cpu::Crash;
+use kvm_backend::guest::layout::{CODE_GVA, DATA_GVA, UNMAPPED_GVA};
+use kvm_backend::guest::paging::index;
+use kvm_backend::guest::{Call, Program};
+use kvm_backend::kvm::STUB_VA;
+use kvm_backend::session::{RunError, Session};
+use kvm_backend::vm::{Backend, Vm};
+use kvm_backend::workload::{self, Plan, Workload};
+use mmu_core::addr::Gva;
+use mmu_core::paging::Reason;
+use std::time::Duration;
+
+/// The backends that can be tried here; says which cannot.
+fn backends() -> Vec<Backend> {
+    let mut all = vec![Backend::Soft];
+    match Backend::best() {
+        (Backend::Kvm, _) => all.push(Backend::Kvm),
+        (_, why) => eprintln!("SKIPPED on KVM: {why}"),
+    }
+    all
+}
+
+fn verify(workload: Workload, vcpus: usize) {
+    for backend in backends() {
+        let time = Duration::from_millis(700);
+        let plan = Plan { backend, vcpus, memory_mib: 8, time };
+        let outcome = workload::run(workload, &plan, &mut |_| ()).unwrap();
+        assert!(outcome.verified(), "{backend:?}: {:?} {:?}", outcome.error, outcome.audit);
+        assert!(outcome.faults() > 50, "{backend:?}: {:?}", outcome.stats);
+        println!("{backend:?} {workload:?} with {vcpus} vCPUs: {}", outcome.summary);
+    }
+}
+
+#[test]
+fn touch() {
+    verify(Workload::Touch, 2);
+    verify(Workload::Touch, 5);
+}
+
+#[test]
+fn remap() {
+    verify(Workload::Remap, 2);
+    verify(Workload::Remap, 4);
+}
+
+#[test]
+fn precopy() {
+    verify(Workload::Precopy, 2);
+    verify(Workload::Precopy, 3);
+}
+
+/// Runs a program on vCPU 1 (vCPU 0 idles) and returns how it ended.
+fn end_of(vm: &Vm, program: Program, address: Option<u64>) -> Result<Call, RunError> {
+    let limit = Duration::from_secs(2);
+    Session::with(vm, limit, &mut || (), |session| {
+        let mut regs = vm.image().entry(program, 1);
+        if let Some(address) = address {
+            regs.gpr[7] = address;
+        }
+        session.start(1, regs);
+        session.wait().map(|halted| Call::from_regs(&halted[1]))
+    })
+}
+
+fn small(backend: Backend) -> Vm {
+    Vm::new(backend, 2, 4, false).unwrap()
+}
+
+#[test]
+fn a_guest_that_crashes_is_reported() {
+    for backend in backends() {
+        let vm = small(backend);
+        match end_of(&vm, Program::ReadUnmapped, None) {
+            Err(RunError::Crash { place, crash: Crash::Fault(fault) }) => {
+                assert_eq!(fault.gva, Gva(UNMAPPED_GVA), "{backend:?}");
+                assert_eq!((fault.reason, fault.error_code), (Reason::NotPresent, 4));
+                assert_eq!(place.vcpu, 1);
+                let program = CODE_GVA + Program::ReadUnmapped.offset();
+                assert!((program..program + 64).contains(&place.regs.rip), "{place}");
+            }
+            other => panic!("{backend:?}: {other:?}"),
+        }
+        let ud = end_of(&vm, Program::Ud2, None).unwrap_err().to_string();
+        assert!(ud.contains("#UD"), "{backend:?}: {ud}");
+        let gp = end_of(&vm, Program::NonCanonical, None).unwrap_err().to_string();
+        assert!(gp.contains("vCPU 1") && (gp.contains("#GP") || gp.contains("canonical")), "{gp}");
+        vm.mmu().audit().unwrap();
+    }
+}
+
+#[test]
+fn the_watchdog_ends_a_guest_that_hangs() {
+    for backend in backends() {
+        match end_of(&small(backend), Program::Spin, None) {
+            Err(RunError::Stuck { places, .. }) => {
+                let spin = CODE_GVA + Program::Spin.offset();
+                assert_eq!(places.len(), 1, "{backend:?}");
+                assert!((spin..spin + 64).contains(&places[0].regs.rip), "{}", places[0]);
+            }
+            other => panic!("{backend:?}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn the_stubs_part_of_the_address_space_is_refused() {
+    for backend in backends().into_iter().filter(|backend| *backend == Backend::Kvm) {
+        let vm = small(backend);
+        // Not mapped by the guest: an ordinary fault.
+        match end_of(&vm, Program::ReadUnmapped, Some(STUB_VA)) {
+            Err(RunError::Crash { crash: Crash::Fault(fault), .. }) => {
+                assert_eq!(fault.gva, Gva(STUB_VA));
+            }
+            other => panic!("{other:?}"),
+        }
+        // Mapped by the guest: it would read its own memory there on a real machine.
+        let entry = |gva| vm.image().cr3() + 8 * index(gva, 4) as u64;
+        let mut data = [0; 8];
+        vm.with_memory(|read| read(entry(DATA_GVA), &mut data));
+        vm.write_word(entry(STUB_VA), u64::from_le_bytes(data));
+        match end_of(&vm, Program::ReadUnmapped, Some(STUB_VA)) {
+            Err(RunError::Crash { crash: Crash::Reserved(gva), .. }) => {
+                assert_eq!(gva, Gva(STUB_VA));
+            }
+            other => panic!("{other:?}"),
+        }
+        vm.mmu().audit().unwrap();
+    }
+}
+
+#[test]
+fn guests_that_cannot_be_made_are_refused_by_name() {
+    for (vcpus, memory, said) in [(0, 64, "not 0"), (65, 64, "not 65"), (2, 3, "not 3")] {
+        let error = Vm::new(Backend::Soft, vcpus, memory, false).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+}
