@@ -231,7 +231,9 @@ impl Engine {
             return Ok(frame);
         }
         guard.flush();
-        let (freed, waits) = self.frames.reclaim(|g| self.flush.drained(g, false));
+        // R04, R29: not before every processor has forgotten the frame.
+        let (freed, waits) =
+            self.frames.reclaim(|g| !rule!(R04) || self.flush.drained(g, false));
         if freed {
             if let Some(frame) = self.frames.allocate() {
                 return Ok(frame);

@@ -86,7 +86,7 @@ impl Engine {
         page.roots.fetch_add(1, Ordering::AcqRel);
         // R19: count, fence, look at the lifecycle. Pairs with the fence in `zap`.
         fence(Ordering::SeqCst);
-        let held = page.is_live() && page.key() == key;
+        let held = !rule!(R19) || (page.is_live() && page.key() == key);
         if !held {
             self.release_root(frame);
         }
