@@ -39,7 +39,7 @@ impl Guest {
         let map = memory.map();
         let guest = Self { memory, map, regs: Regs::long_mode(0x1000) };
         for level in 1..=4 {
-            guest.set(level, u64::from(6 - level) << 12 | ALL);
+            guest.set(level, (6 - level) << 12 | ALL);
         }
         guest.set(1, 0x9000 | ALL);
         guest
@@ -175,7 +175,6 @@ fn pat_of_a_large_page_is_not_address() {
     guest.set(2, 0x4020_0000 | ALL | PS | 0x18);
     let walk = guest.walk(Access::read()).unwrap();
     assert!(!walk.pat && walk.pcd && walk.pwt && !walk.global);
-    guest.set(2, 0x5000 - 0x1000 | ALL);
     guest.set(2, 0x4000 | ALL);
     guest.set(1, 0x9000 | ALL | 0x80 | 0x100);
     let walk = guest.walk(Access::read());
@@ -364,7 +363,7 @@ fn pae() -> (Memory, Regs) {
     // 32-byte aligned, not page-aligned.
     let cr3 = 0x1fe0;
     for i in 0..4 {
-        memory.write8(cr3 + i * 8, 0x2000 + 0x1000 * i | P);
+        memory.write8(cr3 + i * 8, (0x2000 + 0x1000 * i) | P);
     }
     memory.write8(0x3000 + 8, 0x6000 | ALL);
     memory.write8(0x6000 + 16, 0x9000 | ALL);

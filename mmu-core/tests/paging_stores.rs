@@ -41,7 +41,7 @@ fn nothing_is_stored() {
     let kinds = [Access::read(), Access::write().user(), Access::execute()];
     // More often than an epoch collects.
     for i in 0..1000u64 {
-        let gva = Gva(i % 512 << 12);
+        let gva = Gva((i % 512) << 12);
         for access in kinds {
             let walk = mode.walk(&map, &hint, gva, access).unwrap();
             assert_eq!(walk.gpa, Gpa(0x10_0000 + gva.0));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The published map of memslots, and reads and writes through it.
 
+use super::index::{Index, View};
 use super::{Slot, SlotConfig, SlotError, SlotId};
 use crate::addr::{Gfn, Gpa, Machine, PAGE_SHIFT, PAGE_SIZE};
 use crate::sync::{AtomicU64, Life, Ordering, Snapshot};
@@ -21,6 +22,8 @@ pub struct MemoryMap {
     generation: u64,
     /// Sorted by guest frame.
     slots: Box<[Arc<Slot>]>,
+    /// Of `slots`.
+    index: Index,
     /// Sorted by machine address. Also holds slots that are being deleted: until every shadow
     /// entry that maps their memory is gone, its page must be found from the entry (R14, R27).
     by_machine: Box<[Arc<Slot>]>,
@@ -35,7 +38,13 @@ impl Snapshot for MemoryMap {
 
 impl MemoryMap {
     pub(super) fn empty() -> Self {
-        Self { generation: 0, slots: [].into(), by_machine: [].into(), life: Life::default() }
+        Self {
+            generation: 0,
+            slots: [].into(),
+            index: Index::default(),
+            by_machine: [].into(),
+            life: Life::default(),
+        }
     }
 
     /// A map of these slots, for readers that have no engine: memory images, tests, debuggers.
@@ -98,6 +107,7 @@ impl MemoryMap {
     fn next(&self, slots: Vec<Arc<Slot>>, by_machine: Vec<Arc<Slot>>) -> Self {
         Self {
             generation: self.generation + 1,
+            index: Index::new(&slots),
             slots: slots.into(),
             by_machine: by_machine.into(),
             life: Life::default(),
@@ -126,19 +136,33 @@ impl MemoryMap {
     #[must_use]
     pub fn slot(&self, gfn: Gfn, hint: &Hint) -> Option<&Arc<Slot>> {
         self.life.check();
-        match self.slots.get(hint.0.get() as usize) {
-            Some(slot) if slot.contains(gfn) => Some(slot),
-            _ => self.search(gfn, hint),
-        }
+        let at = self.index.find(gfn, hint.0.get() as usize)?;
+        hint.0.set(at as u32);
+        self.slots.get(at)
     }
 
-    fn search(&self, gfn: Gfn, hint: &Hint) -> Option<&Arc<Slot>> {
-        let at = self.slots.partition_point(|s| s.base() <= gfn).checked_sub(1)?;
-        let slot = &self.slots[at];
-        slot.contains(gfn).then(|| {
-            hint.0.set(at as u32);
-            slot
-        })
+    /// The memory of the slot that holds the frame.
+    #[inline]
+    pub(crate) fn view(&self, gfn: Gfn, hint: &Hint) -> Option<View<'_>> {
+        self.life.check();
+        let at = self.index.find(gfn, hint.0.get() as usize)?;
+        hint.0.set(at as u32);
+        self.view_at(at)
+    }
+
+    /// The same, neither trying nor changing a hint.
+    #[inline]
+    pub(crate) fn view_unhinted(&self, gfn: Gfn) -> Option<View<'_>> {
+        self.life.check();
+        self.view_at(self.index.search(gfn)?)
+    }
+
+    #[inline]
+    fn view_at(&self, at: usize) -> Option<View<'_>> {
+        let slot = self.index.slot(at)?;
+        // SAFETY: `slots` keeps the slot alive as long as this map lives, and with it the memory,
+        // which `Backing` promises to stay where it is and to be used as atomics only.
+        Some(View { base: slot.base().gpa(), words: unsafe { slot.words().as_ref() } })
     }
 
     /// The slot and page index that a machine address belongs to.

@@ -9,6 +9,7 @@
 
 mod backing;
 mod error;
+mod index;
 mod map;
 mod slot;
 #[cfg(all(feature = "vm-memory", not(loom)))]
@@ -17,6 +18,7 @@ mod vm_memory;
 pub(crate) use backing::PAGE_WORDS;
 pub use backing::{AllocatedMemory, Backing, OutOfMemory};
 pub use error::SlotError;
+pub(crate) use index::View;
 pub use map::{Hint, MemoryMap};
 pub(crate) use map::{exchange_masked, store_masked};
 pub use slot::{Slot, SlotConfig, SlotId};

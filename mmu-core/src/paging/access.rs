@@ -70,7 +70,7 @@ impl Access {
         self.kind as usize * 4 + usize::from(self.user) * 2 + usize::from(self.implicit)
     }
 
-    /// Whether pointer tags are stripped: from data pointers only (SDM vol. 1, 3.3.7.1), not from
+    /// Whether pointer tags are stripped: from data pointers only (SDM chapter 4), not from
     /// the addresses that the processor makes itself.
     pub(super) fn strips_tags(self) -> bool {
         self.kind != Kind::Execute && !self.implicit

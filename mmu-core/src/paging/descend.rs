@@ -11,7 +11,7 @@ use super::format::{Entry, Layout};
 use super::mode::PagingMode;
 use super::walk::{Path, Step};
 use crate::addr::{Gfn, Gpa, PAGE_SHIFT};
-use crate::memory::{Hint, MemoryMap, Slot};
+use crate::memory::{Hint, MemoryMap, View};
 use crate::sync::{AtomicU64, Ordering};
 
 /// Whether entries are recorded.
@@ -42,19 +42,16 @@ pub(super) struct Window<'m> {
 impl<'m> Window<'m> {
     #[inline(always)]
     pub(super) fn at(map: &'m MemoryMap, hint: &Hint, table: u64) -> Option<Self> {
-        Some(Self::new(map.slot(Gfn(table >> PAGE_SHIFT), hint)?))
+        let View { base, words } = map.view(Gfn(table >> PAGE_SHIFT), hint)?;
+        Some(Self { words, base: base.0 })
     }
 
-    /// The same out of line, for tables in another slot than the last.
-    #[cold]
+    /// The same out of line, for tables in another slot than the last. The hint stays with the
+    /// top table, where the next walk will begin.
     #[inline(never)]
-    fn move_to(map: &'m MemoryMap, hint: &Hint, table: u64) -> Option<&'m Slot> {
-        map.slot(Gfn(table >> PAGE_SHIFT), hint).map(|slot| &**slot)
-    }
-
-    #[inline(always)]
-    fn new(slot: &'m Slot) -> Self {
-        Self { words: slot.words(), base: slot.base().gpa().0 }
+    fn move_to(map: &'m MemoryMap, table: u64) -> Option<Self> {
+        let View { base, words } = map.view_unhinted(Gfn(table >> PAGE_SHIFT))?;
+        Some(Self { words, base: base.0 })
     }
 
     /// The word with the entry for `gva` in the table of this level; moves to the table's slot.
@@ -62,7 +59,6 @@ impl<'m> Window<'m> {
     pub(super) fn entry<L: Layout>(
         &mut self,
         map: &'m MemoryMap,
-        hint: &Hint,
         table: u64,
         gva: u64,
         level: u8,
@@ -72,7 +68,7 @@ impl<'m> Window<'m> {
         if let Some(cell) = self.word(table, word) {
             return Some(cell);
         }
-        *self = Self::new(Self::move_to(map, hint, table)?);
+        *self = Self::move_to(map, table)?;
         self.word(table, word)
     }
 
@@ -196,7 +192,7 @@ impl PagingMode {
         let mut window = Window::at(map, hint, table).ok_or_else(|| outside(L::LEVELS))?;
         for level in (1..=L::LEVELS).rev() {
             let index = L::index(gva, level);
-            let cell = window.entry::<L>(map, hint, table, gva, level);
+            let cell = window.entry::<L>(map, table, gva, level);
             let cell = cell.ok_or_else(|| outside(level))?;
             // Acquire: a table that another vCPU filled before it stored this entry is seen full.
             let stored = cell.load(Ordering::Acquire);

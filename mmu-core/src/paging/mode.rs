@@ -39,7 +39,7 @@ impl PagingMode {
     /// PDPTE registers are taken as they are: one that is present with a reserved bit set, which
     /// [`load_pdptrs`](super::load_pdptrs) refuses, makes walks through it report
     /// [`Reason::Reserved`] at level 3, as processors do that read PDPTEs while they walk (APM
-    /// 5.3.2).
+    /// 15.25, "Legacy PAE Mode").
     ///
     /// # Errors
     ///
@@ -66,8 +66,8 @@ impl PagingMode {
         };
         // SDM vol. 1, 3.3.7.1: 48 or 57 bits.
         let canonical_shift = if format == Format::FiveLevel { 7 } else { 16 };
-        // SDM 5.10 / vol. 1, 3.3.7.1: for user pointers LAM_U57 goes before LAM_U48; a supervisor
-        // pointer's tag begins where canonical bits would.
+        // SDM chapter 4, linear-address masking: for user pointers LAM_U57 goes before LAM_U48; a
+        // supervisor pointer's tag begins where canonical bits would.
         let lam_user = match (cr3 & CR3_LAM_U57 != 0, cr3 & CR3_LAM_U48 != 0) {
             (true, _) => 7,
             (_, true) => 16,
@@ -256,7 +256,7 @@ impl PagingMode {
         self.plain::<L>(gva.0).map_or_else(|| self.untag(gva, access.strips_tags()), Ok)
     }
 
-    /// Strips the tag, then checks (SDM vol. 1, 3.3.7.1: bits 62:57 or 62:48 become copies of the
+    /// Strips the tag, then checks (SDM chapter 4: bits 62:57 or 62:48 become copies of the
     /// bit below, bit 63 stays).
     #[cold]
     fn untag(&self, gva: Gva, strips_tags: bool) -> Result<u64, Fault> {
