@@ -8,7 +8,7 @@ use mmu_core::addr::{Gpa, Machine, PAGE_SIZE};
 use mmu_core::memory::{AllocatedMemory, Backing, OutOfMemory, SlotConfig, SlotError, SlotId};
 use mmu_core::paging::Regs as ControlRegs;
 use mmu_core::sync::AtomicU64;
-use mmu_core::vcpu::{RegsError, VcpuHandle};
+use mmu_core::vcpu::{VcpuError, VcpuHandle};
 use mmu_core::{Config, ConfigError, Mmu};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -74,8 +74,8 @@ pub enum VmError {
     Cpu(#[from] NewCpuError),
 }
 
-impl From<RegsError> for VmError {
-    fn from(error: RegsError) -> Self {
+impl From<VcpuError> for VmError {
+    fn from(error: VcpuError) -> Self {
         Self::Cpu(error.into())
     }
 }

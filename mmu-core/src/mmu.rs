@@ -5,9 +5,9 @@ use crate::addr::{ENTRIES, Gpa, PAGE_SIZE};
 use crate::memory::{Backing, MemoryMap, SlotConfig, SlotError, SlotId};
 use crate::mmio::Bus;
 use crate::paging::Regs;
-use crate::shadow::{AuditReport, Context, Disagreement, Engine, Processor, StatsSnapshot};
+use crate::shadow::{AuditReport, Disagreement, Engine, Processor, StatsSnapshot};
 use crate::sync::epoch::Collector;
-use crate::vcpu::{RegsError, SoftProcessor, SoftVcpu, Vcpu};
+use crate::vcpu::{SoftProcessor, SoftVcpu, Vcpu, VcpuError};
 use std::sync::Arc;
 
 /// Fewest table frames an engine works with: a full path for each of several vCPUs.
@@ -166,12 +166,12 @@ impl Mmu {
     ///
     /// # Errors
     ///
-    /// [`RegsError`], which names the values.
+    /// [`VcpuError`], which names the values.
     pub fn create_vcpu(
         &self,
         processor: Arc<dyn Processor>,
         regs: Regs,
-    ) -> Result<Vcpu, RegsError> {
+    ) -> Result<Vcpu, VcpuError> {
         Vcpu::new(Arc::clone(&self.engine), processor, regs)
     }
 
@@ -179,8 +179,8 @@ impl Mmu {
     ///
     /// # Errors
     ///
-    /// [`RegsError`], which names the values.
-    pub fn create_soft_vcpu(&self, regs: Regs) -> Result<SoftVcpu, RegsError> {
+    /// [`VcpuError`], which names the values.
+    pub fn create_soft_vcpu(&self, regs: Regs) -> Result<SoftVcpu, VcpuError> {
         Ok(SoftVcpu::new(self.create_vcpu(Arc::new(SoftProcessor), regs)?))
     }
 
@@ -210,8 +210,8 @@ impl Mmu {
     ///
     /// The first [`Disagreement`].
     pub fn audit(&self) -> Result<AuditReport, Disagreement> {
-        let context: Context = self.engine.context();
-        let guard = context.handle.pin();
+        let handle = self.engine.collector.register();
+        let guard = handle.pin();
         self.engine.audit(&guard)
     }
 

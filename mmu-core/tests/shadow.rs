@@ -6,9 +6,9 @@ mod common;
 
 use common::{Guest, MIB, PAGE, RWU};
 use mmu_core::addr::{Gpa, Gva};
-use mmu_core::memory::{AllocatedMemory, SlotConfig, SlotId};
-use mmu_core::paging::{Reason, bits};
-use mmu_core::vcpu::{SoftExit, SoftVcpu};
+use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig, SlotId};
+use mmu_core::paging::{Reason, Regs, bits};
+use mmu_core::vcpu::{SoftExit, SoftVcpu, VcpuError};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -309,4 +309,148 @@ fn stress_everything_at_once() {
     assert_eq!(sum, total.load(Ordering::Relaxed));
     let stats = guest.mmu.stats();
     assert!(stats.mmu_pte_write > 100 && stats.mmu_shadow_zapped > 100, "{stats:?}");
+}
+
+#[test]
+fn a_root_whose_memory_goes_is_a_fault_not_a_loop() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    let mut cpu = guest.vcpu();
+    guest.map(Gva(0x1000), Gpa(0x5000), RWU);
+    store(&mut cpu, 0x1000, 1);
+    guest.mmu.delete_slot(SlotId(0)).unwrap();
+    let fault = reason(cpu.session().load(Gva(0x1000), &mut [0], true));
+    assert_eq!(fault, Reason::TableOutside);
+    guest.audit();
+}
+
+#[test]
+fn dead_roots_of_idle_vcpus_do_not_hold_up_the_others() {
+    let guest = Guest::new(64 * MIB, 32 * MIB, 64, false);
+    let mut idle = guest.vcpu();
+    let mut cpu = guest.vcpu();
+    let gva = |page: u64| page << 39 >> 2 & 0x7fff_ffff_f000;
+    for page in 0..200u64 {
+        guest.map(Gva(gva(page)), Gpa(page * PAGE), RWU);
+    }
+    idle.session().load(Gva(0), &mut [0], true).unwrap();
+    idle.session().load(Gva(0), &mut [0], false).unwrap();
+    cpu.session().load(Gva(0), &mut [0], false).unwrap();
+    guest.mmu.zap_all();
+    for page in 0..200u64 {
+        store(&mut cpu, gva(page), page);
+    }
+    guest.audit();
+    assert_eq!(load(&mut idle, gva(7)), 7);
+}
+
+#[test]
+fn too_many_vcpus_for_the_table_memory_are_refused() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 64, false);
+    let cpus: Vec<_> = (0..8).map(|_| guest.vcpu()).collect();
+    let error = guest.mmu.create_soft_vcpu(guest.regs()).unwrap_err();
+    assert_eq!(error, VcpuError::TooFewFrames { vcpus: 8 });
+    drop(cpus);
+    guest.vcpu();
+}
+
+#[test]
+fn what_the_shadow_cannot_follow_is_refused() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 64, false);
+    let long = guest.regs();
+    for regs in [
+        Regs { cr4: long.cr4 | bits::CR4_PKE, ..long },
+        Regs { cr4: long.cr4 | bits::CR4_LA57, ..long },
+        Regs { cr3: long.cr3 | bits::CR3_LAM_U48, ..long },
+        Regs { cr0: 1, cr4: 0, efer: 0, ..long },
+    ] {
+        let error = guest.mmu.create_soft_vcpu(regs).unwrap_err();
+        assert!(matches!(error, VcpuError::Unsupported { .. }), "{error}");
+    }
+}
+
+/// CR0.WP = 0: the supervisor writes to a read-only large page, and its dirty bit is not lost.
+#[test]
+fn dirty_bits_of_large_pages_survive() {
+    let guest = Guest::new(8 * MIB, 6 * MIB, 256, false);
+    let at = guest.entry(guest.root, Gva(0x4000_0000), 2);
+    for (flags, user, cr0) in [(RWU, true, 0x8001_0001), (bits::P | bits::US, false, 0x8000_0001)] {
+        guest.write(at, 0x20_0000 | flags | bits::PS);
+        let mut cpu = guest.mmu.create_soft_vcpu(Regs { cr0, ..guest.regs() }).unwrap();
+        for round in 0..4u64 {
+            let gva = Gva(0x4000_0000 + round * PAGE);
+            let mut session = cpu.session();
+            session.load_u64(gva, user).unwrap();
+            session.store(gva, &round.to_le_bytes(), user).unwrap();
+            assert_ne!(guest.read(at) & bits::D, 0, "round {round}");
+            guest.write(at, guest.read(at) & !bits::D);
+            session.invlpg(gva);
+        }
+        drop(cpu);
+        guest.audit();
+    }
+}
+
+#[test]
+fn smap_is_not_opened_by_a_fetch() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 64, false);
+    guest.map(Gva(0x1000), Gpa(0x5000), RWU);
+    let regs = Regs { cr4: guest.regs().cr4 | bits::CR4_SMAP, ..guest.regs() };
+    let mut cpu = guest.mmu.create_soft_vcpu(regs).unwrap();
+    let mut session = cpu.session();
+    session.fetch(Gva(0x1000), &mut [0; 4], false).unwrap();
+    assert_eq!(reason(session.load(Gva(0x1000), &mut [0], false)), Reason::Smap);
+}
+
+#[test]
+fn tables_in_read_only_memory_are_walked_and_audited() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 64, false);
+    let rom = Arc::new(AllocatedMemory::new(PAGE));
+    rom.words()[5].store(0x5000 | RWU, Ordering::Relaxed);
+    guest.mmu.create_slot(SlotConfig::new(1, Gpa(16 * MIB), rom).read_only()).unwrap();
+    guest.write(guest.entry(guest.root, Gva(0), 2), 16 * MIB | RWU);
+    let mut cpu = guest.vcpu();
+    store(&mut cpu, 0x5010, 3);
+    assert_eq!(load(&mut cpu, 0x5010), 3);
+    guest.audit();
+}
+
+/// A slot is deleted while vCPUs use it and edit the tables that map it: no access succeeds after
+/// the deletion has returned.
+#[test]
+fn nothing_reaches_a_deleted_slot() {
+    let guest = Guest::new(8 * MIB, 4 * MIB, 256, false);
+    let window = Gva(0x40_0000);
+    let entry = guest.entry(guest.root, window, 1);
+    guest.write(entry, 16 * MIB | RWU);
+    let (there, stop) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|s| {
+        let (guest, there, stop) = (&guest, &there, &stop);
+        s.spawn(move || {
+            let mut cpu = guest.vcpu();
+            let mut session = cpu.session();
+            while !stop.load(Ordering::Relaxed) {
+                let absent_before = !there.load(Ordering::SeqCst);
+                let got = session.load_u64(window, true);
+                let absent_after = !there.load(Ordering::SeqCst);
+                assert!(!(absent_before && absent_after && got.is_ok()), "read a deleted slot");
+            }
+        });
+        s.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                guest.write(entry, 16 * MIB | RWU);
+            }
+        });
+        for _ in 0..100 {
+            let backing = Arc::new(AllocatedMemory::new(PAGE));
+            there.store(true, Ordering::SeqCst);
+            guest.mmu.create_slot(SlotConfig::new(1, Gpa(16 * MIB), backing.clone())).unwrap();
+            std::thread::sleep(Duration::from_micros(300));
+            guest.mmu.delete_slot(SlotId(1)).unwrap();
+            assert_eq!(Arc::strong_count(&backing), 1);
+            there.store(false, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    guest.audit();
 }

@@ -6,7 +6,7 @@ use crate::emu::{Bus, Exception, MAX_INSN, Stop};
 use mmu_core::Mmu;
 use mmu_core::addr::{Gpa, Gva, PAGE_SIZE};
 use mmu_core::paging::{Access, Regs as ControlRegs};
-use mmu_core::vcpu::{AccessError, RegsError, Session, SoftExit, Vcpu};
+use mmu_core::vcpu::{AccessError, Session, SoftExit, Vcpu, VcpuError};
 
 /// What stops an instruction from outside.
 #[derive(Debug)]
@@ -208,6 +208,6 @@ fn write_cr(regs: &ControlRegs, n: u8, value: u64) -> Result<Option<ControlRegs>
 }
 
 /// What the guest sees of registers that were refused: #GP(0) (SDM vol. 2, MOV to CR).
-pub(super) fn refused(_error: &RegsError) -> Exception {
+pub(super) fn refused(_error: &VcpuError) -> Exception {
     Exception::gp(0)
 }

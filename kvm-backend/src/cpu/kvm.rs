@@ -10,7 +10,7 @@ use mmu_core::Mmu;
 use mmu_core::addr::Gva;
 use mmu_core::paging::{Access, Kind, Regs as ControlRegs, code};
 use mmu_core::shadow::{self, Generation, Outcome, Processor, Stall};
-use mmu_core::vcpu::{Entry, RegsError, Vcpu, VcpuHandle};
+use mmu_core::vcpu::{Entry, Vcpu, VcpuError, VcpuHandle};
 use std::sync::Arc;
 
 const PAGE_FAULT: u8 = 14;
@@ -39,7 +39,7 @@ pub struct KvmCpu {
 pub enum NewCpuError {
     /// The engine refused the registers.
     #[error(transparent)]
-    Regs(#[from] RegsError),
+    Regs(#[from] VcpuError),
     /// KVM failed.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -77,7 +77,11 @@ impl KvmCpu {
                     continue;
                 }
             };
-            let Entry::Run { root, generation } = entry else { return Ok(Event::Stopped) };
+            let (root, generation) = match entry {
+                Entry::Run { root, generation } => (root, generation),
+                Entry::Exit => return Ok(Event::Stopped),
+                Entry::RootOutside => return Err(Crash::RootOutside),
+            };
             let exit = match self.kvm.set_root(root.0) {
                 Ok(()) => self.kvm.run(generation.number()),
                 Err(error) => Err(error),

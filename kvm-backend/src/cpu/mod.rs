@@ -40,6 +40,9 @@ pub enum Crash {
     /// An access to guest-physical memory where there is no memory and no device.
     #[error("access to guest-physical {0}, where there is neither memory nor a device")]
     NoDevice(Gpa),
+    /// The guest's CR3 points at no memory: the processor would shut down.
+    #[error("CR3 points at no memory")]
+    RootOutside,
     /// An access to the part of the address space that the backend keeps for itself.
     #[error("access to {0}, which the VMM reserves for itself")]
     Reserved(Gva),

@@ -8,7 +8,7 @@ use crate::emu::{self, DecodeCache, Stop};
 use crate::regs::Regs;
 use mmu_core::Mmu;
 use mmu_core::paging::Regs as ControlRegs;
-use mmu_core::vcpu::{RegsError, SoftVcpu, VcpuHandle};
+use mmu_core::vcpu::{SoftVcpu, VcpuError, VcpuHandle};
 
 /// Instructions between two looks at the watch.
 const SLICE: u64 = 1 << 16;
@@ -29,8 +29,8 @@ impl SoftCpu {
     ///
     /// # Errors
     ///
-    /// [`RegsError`].
-    pub fn new(mmu: &Mmu, regs: ControlRegs, watch: Watch) -> Result<Self, RegsError> {
+    /// [`VcpuError`].
+    pub fn new(mmu: &Mmu, regs: ControlRegs, watch: Watch) -> Result<Self, VcpuError> {
         let soft = mmu.create_soft_vcpu(regs)?;
         let (regs, cache) = (Regs::default(), DecodeCache::new());
         Ok(Self { mmu: mmu.clone(), soft, regs, cache, watch, faults: 0 })

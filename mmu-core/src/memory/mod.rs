@@ -26,7 +26,7 @@ pub use slot::{Slot, SlotConfig, SlotId};
 pub use vm_memory::{RegionError, VmMemoryRegion};
 
 use crate::sync::epoch::{Guard, Handle};
-use crate::sync::{Door, Limbo, Published};
+use crate::sync::{Backoff, Door, Limbo, Published};
 use std::sync::Arc;
 
 /// The published map and its writer's side.
@@ -69,5 +69,18 @@ impl Memory {
     /// Drops the maps whose last reader has gone, and with them the memory of deleted slots.
     pub(crate) fn reclaim(&self) {
         self.old.drain(drop);
+    }
+
+    /// Waits for the readers of all old maps, and drops these.
+    pub(crate) fn reclaim_all(&self, handle: &mut Handle) {
+        let mut backoff = Backoff::default();
+        loop {
+            handle.synchronize();
+            self.reclaim();
+            if self.old.is_empty() {
+                return;
+            }
+            backoff.wait();
+        }
     }
 }

@@ -56,14 +56,16 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> VmMemoryRegion<M> {
         let base = region.start_addr().0;
         let size = region.len();
         let host = region
-            .get_host_address(MemoryRegionAddress(0))
-            .map_err(|source| RegionError::NotMapped { base, source })?;
+            .get_slice(MemoryRegionAddress(0), size as usize)
+            .map_err(|source| RegionError::NotMapped { base, source })?
+            .ptr_guard_mut()
+            .as_ptr();
         if size % PAGE_SIZE != 0 || !(host as u64).is_multiple_of(PAGE_SIZE) {
             return Err(RegionError::Misaligned { base, size, host: host as u64 });
         }
         let words =
             core::ptr::slice_from_raw_parts_mut(host.cast::<AtomicU64>(), size as usize / 8);
-        // SAFETY: `get_host_address` returns a valid, hence non-null, pointer.
+        // SAFETY: the pointer of a volatile slice is valid, hence not null.
         let words = unsafe { NonNull::new_unchecked(words) };
         Ok(Self { words, base, memory })
     }
@@ -86,7 +88,8 @@ unsafe impl<M: Send + Sync> Send for VmMemoryRegion<M> {}
 // SAFETY: as above.
 unsafe impl<M: Send + Sync> Sync for VmMemoryRegion<M> {}
 
-// SAFETY: `memory` keeps the mapping of `size` bytes at `host` alive; vm-memory lends guest memory
+// SAFETY: whoever made the region's volatile slice vouched for its bytes while the region is
+// borrowed; `memory` is never handed out mutably and keeps the region. vm-memory lends guest memory
 // as volatile slices and atomics only.
 unsafe impl<M: Send + Sync> Backing for VmMemoryRegion<M> {
     fn words(&self) -> &[AtomicU64] {

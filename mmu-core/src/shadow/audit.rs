@@ -171,10 +171,19 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// The guest's entry behind an entry of an indirect page.
-    fn guest_entry(&self, key: Key, index: usize) -> Option<u64> {
+    /// The guest's entry behind an entry of an indirect page, if it can stand behind one.
+    fn guest_entry(&self, key: Key, index: usize) -> Result<u64, &'static str> {
         let gpa = key.gfn().gpa().wrapping_add(index as u64 * 8);
-        Some(self.map.word(gpa, &self.hint)?.load(Ordering::Acquire))
+        let word = self.map.word(gpa, &self.hint).ok_or("its guest table lies in no slot")?;
+        let entry = word.load(Ordering::Acquire);
+        // R35; in a read-only slot no A is ever written (R24).
+        let slot = self.map.slot(key.gfn(), &self.hint);
+        let read_only = slot.is_some_and(|slot| slot.is_read_only());
+        let needed = if read_only { bits::P } else { bits::P | bits::A };
+        match entry & needed == needed {
+            true => Ok(entry),
+            false => Err("the guest's entry is not present and accessed"),
+        }
     }
 
     fn table(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {
@@ -193,16 +202,14 @@ impl Audit<'_> {
             let same = below.role() == role.child(role.writes(), role.user(), role.executes());
             return (below.gfn() != gfn || !same).then_some("points at another stretch");
         }
-        let Some(guest) = self.guest_entry(key, at.index()) else {
-            return Some("its guest table lies in no slot");
+        let guest = match self.guest_entry(key, at.index()) {
+            Ok(guest) => guest,
+            Err(why) => return Some(why),
         };
-        if guest & (bits::P | bits::A) != bits::P | bits::A {
-            return Some("the guest's entry is not present and accessed");
-        }
         let large = guest & bits::PS != 0 && matches!(role.level(), 2 | 3);
         let rights = child_role(role, guest);
         let expected = if large {
-            let write = rights.writes() && guest & bits::D != 0;
+            let write = may_write(rights) && guest & bits::D != 0;
             let role = role.child(write, rights.user(), rights.executes()).direct();
             let pages = (1u64 << covered) - 1;
             Key::new(Gfn((guest & bits::ADDR) >> PAGE_SHIFT & !pages), role)
@@ -214,17 +221,16 @@ impl Audit<'_> {
 
     fn leaf(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {
         let role = key.role();
-        let (gfn, rights, dirty) = if role.is_direct() {
-            (Gfn(key.gfn().0 + at.index() as u64), role, true)
+        let (gfn, rights, granted, dirty) = if role.is_direct() {
+            (Gfn(key.gfn().0 + at.index() as u64), role, role.writes(), true)
         } else {
-            let Some(guest) = self.guest_entry(key, at.index()) else {
-                return Some("its guest table lies in no slot");
+            let guest = match self.guest_entry(key, at.index()) {
+                Ok(guest) => guest,
+                Err(why) => return Some(why),
             };
-            if guest & (bits::P | bits::A) != bits::P | bits::A {
-                return Some("the guest's entry is not present and accessed");
-            }
             let gfn = Gfn((guest & bits::ADDR) >> PAGE_SHIFT);
-            (gfn, leaf_rights(role, guest), guest & bits::D != 0)
+            let rights = leaf_rights(role, guest);
+            (gfn, rights, may_write(rights), guest & bits::D != 0)
         };
         let Some(slot) = self.map.slot(gfn, &self.hint) else {
             return Some("maps a frame without memory");
@@ -244,7 +250,6 @@ impl Audit<'_> {
         if !spte.is_writable() {
             return None;
         }
-        let granted = rights.writes() || (!regime.is_user() && !regime.write_protects());
         let tracked = slot.state().shadows.get(index).is_some_and(|s| !s.is_empty());
         if !granted {
             Some("is writable, the guest's entries are not")
@@ -323,6 +328,12 @@ fn leaf_rights(role: Role, guest: u64) -> Role {
     // Without EFER.NXE bit 63 is reserved, and an entry that has it is never mapped.
     let execute = role.executes() && guest & bits::NX == 0;
     role.with_access(write, user, execute)
+}
+
+/// Whether this privilege may write with these rights.
+fn may_write(rights: Role) -> bool {
+    let regime = rights.regime();
+    rights.writes() || (!regime.is_user() && !regime.write_protects())
 }
 
 /// The role of the table behind a guest entry.

@@ -20,13 +20,8 @@ pub(crate) struct Exchange {
 impl Exchange {
     /// `None` if the size is none of 1, 2, 4 and 8, or the bytes cross the word's end.
     pub(crate) fn new(address: u64, size: usize, old: u64, new: u64) -> Option<Self> {
-        let within = (address % 8) as usize + size <= 8;
-        (matches!(size, 1 | 2 | 4 | 8) && within).then_some(Self {
-            shift: (address % 8) as u32 * 8,
-            size,
-            old,
-            new,
-        })
+        let fits = matches!(size, 1 | 2 | 4 | 8) && (address % 8) as usize + size <= 8;
+        fits.then_some(Self { shift: (address % 8) as u32 * 8, size, old, new })
     }
 
     /// The bytes as they were, if they were not the expected ones.

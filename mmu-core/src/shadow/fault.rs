@@ -23,7 +23,7 @@ use super::stats::Stats;
 use super::{Context, Engine, index};
 use crate::addr::{Gfn, Gpa, Gva, INDEX_BITS};
 use crate::memory::{MemoryMap, Slot};
-use crate::paging::{Access, Fault, Kind, PagingMode, Path, Step, Walk, bits};
+use crate::paging::{Access, Allowed, Fault, Kind, PagingMode, Path, Step, Walk, bits};
 use crate::sync::epoch::Guard;
 use crate::sync::{Backoff, LocationSet, Ordering, fence, rule};
 
@@ -124,8 +124,8 @@ impl Engine {
         Ok(Outcome::Fixed)
     }
 
-    /// Counts the caller as a user of the root page for a guest root table; `None` if the page died
-    /// meanwhile.
+    /// The root page for a guest root table, with the caller counted as its user (R19); `None` if the
+    /// guest's table lies in no slot.
     pub(crate) fn load_root(
         &self,
         context: &Context,
@@ -137,10 +137,19 @@ impl Engine {
         let map = self.memory.load(&guard);
         let key = Key::new(mode.root(), Role::root(mode.levels(), regime));
         stats.root_loads.bump();
-        match self.get_or_make(context, stats, &guard, map, key) {
-            Ok(frame) => Ok(self.hold_root(frame, key).then_some(frame)),
-            Err(Retry::Again) => Ok(None),
-            Err(Retry::Stall(stall)) => Err(stall),
+        loop {
+            if map.slot(key.gfn(), &context.hint).is_none() {
+                return Ok(None);
+            }
+            match self.get_or_make(context, stats, &guard, map, key) {
+                Ok(frame) => {
+                    // R19: within the read section that found it, so the frame is still its.
+                    self.hold_root(frame);
+                    return Ok(Some(frame));
+                }
+                Err(Retry::Again) => {}
+                Err(Retry::Stall(stall)) => return Err(stall),
+            }
         }
     }
 
@@ -211,10 +220,10 @@ impl Engine {
                 return Err(Retry::Again);
             };
             let index = slot.index_of(key.gfn());
-            self.frames.claim(frame, key, slot.machine_of(index));
             // From here on no fault makes the guest table writable (R2), and guest writes to it
-            // find this page.
+            // find this page. Before the page is live: whoever tears it down takes this back.
             slot.state().shadows.get_or_alloc(index).add(u64::from(frame.0) + 1);
+            self.frames.claim(frame, key, slot.machine_of(index));
         }
         if let Some((index, value)) =
             self.reserved.filter(|_| key.role().level() == crate::addr::LEVELS)
@@ -232,14 +241,11 @@ impl Engine {
         }
         guard.flush();
         // R04, R29: not before every processor has forgotten the frame.
-        let (freed, waits) =
-            self.frames.reclaim(|g| !rule!(R04) || self.flush.drained(g, false));
-        if freed {
-            if let Some(frame) = self.frames.allocate() {
-                return Ok(frame);
-            }
+        let waits = self.frames.reclaim(|g| !rule!(R04) || self.flush.drained(g, false));
+        match self.frames.allocate() {
+            Some(frame) => Ok(frame),
+            None => Err(Stall::Frames(waits.unwrap_or_else(|| self.recycle(guard)))),
         }
-        Err(Stall::Frames(waits.unwrap_or_else(|| self.recycle(guard))))
     }
 
     /// R1: before anything is derived from the guest table of `frame`, no processor may be able to
@@ -276,6 +282,7 @@ impl Engine {
             }
         }
         if generation != PROTECTED {
+            // Kicking vCPUs out is for who waits, outside the read section.
             if rule!(R01) && !self.flush.acknowledged(generation, false) {
                 return Err(Retry::Stall(Stall::Flush(generation)));
             }
@@ -366,7 +373,7 @@ impl Attempt<'_> {
             }
             _ => {
                 // R35: writable below only if the guest's entry has D.
-                let write = walk.rights.write && walk.dirty;
+                let write = self.allowed(walk).write && walk.dirty;
                 let role = role.child(write, walk.rights.user, walk.rights.execute).direct();
                 let pages = 1 << (INDEX_BITS * (u32::from(level) - 1));
                 Key::new(Gfn(walk.gpa.gfn().0 & !(pages - 1)), role)
@@ -400,7 +407,9 @@ impl Attempt<'_> {
             let fresh = || {
                 // R17: the child may have been marked since; who marks it walks its parents, this
                 // entry included, after a fence.
-                (!rule!(R17) || below.is_live()) && self.unchanged(step, false)
+                // R35: a direct page that may be written stands for D in the guest's large entry.
+                let writable = key.role().is_direct() && key.role().writes();
+                (!rule!(R17) || below.is_live()) && self.unchanged(step, writable)
             };
             if self.publish(at, old, &below.parents, || fresh().then_some(spte)) {
                 return Ok(child);
@@ -422,7 +431,7 @@ impl Attempt<'_> {
         engine.ensure_protected(self.context, self.stats, self.map, page)?;
         let index = slot.index_of(walk.gpa.gfn());
         let machine = slot.machine_of(index);
-        let allowed = self.info.mode.allowed(walk.rights, self.info.regime.is_user());
+        let allowed = self.allowed(walk);
         // R35: writable only if the guest's entry has D. Without a write there is no reason to mark
         // the page dirty.
         let may_write =
@@ -437,7 +446,8 @@ impl Attempt<'_> {
             self.stats.pf_emulate.bump();
             Ok(Outcome::Emulate { gpa: walk.gpa })
         };
-        if write && tracked() {
+        // No entry lets code be fetched that may not be read: such instructions are emulated.
+        if write && tracked() || !allowed.read {
             return emulate();
         }
         let at = Location::new(page, super::index(self.info.gva, 1));
@@ -484,6 +494,11 @@ impl Attempt<'_> {
             self.stats.pf_fixed.bump();
             return Ok(Outcome::Fixed);
         }
+    }
+
+    /// What this privilege may do by the rights of the walk.
+    fn allowed(&self, walk: &Walk) -> Allowed {
+        self.info.mode.allowed(walk.rights, self.info.regime.is_user())
     }
 
     /// Reserve, link, fence, re-check, publish. `old` is empty, or another fault's reservation that

@@ -79,10 +79,8 @@ mod mode {
 pub(crate) mod request {
     /// Drain the log.
     pub(crate) const FLUSH: u32 = 1 << 0;
-    /// A root may be dead: look at the roots again.
-    pub(crate) const RELOAD: u32 = 1 << 1;
     /// The owner wants the vCPU's thread back.
-    pub(crate) const EXIT: u32 = 1 << 2;
+    pub(crate) const EXIT: u32 = 1 << 1;
 }
 
 /// What other threads see of a vCPU.
@@ -98,16 +96,16 @@ pub(crate) struct VcpuState {
 }
 
 impl VcpuState {
-    /// Asks the vCPU to come out and handle `requests`. Returns whether it is outside, so that it
-    /// will see the request before it runs guest code again (R22).
-    fn request(&self, requests: u32, insist: bool) -> bool {
-        let before = self.requests.fetch_or(requests, Ordering::AcqRel);
+    /// Asks the vCPU to handle `requests` when it comes out, and with `kick` to come out. Returns
+    /// whether it is outside, so that it will see the request before it runs guest code again
+    /// (R22).
+    fn request(&self, requests: u32, kick: bool) -> bool {
+        self.requests.fetch_or(requests, Ordering::AcqRel);
         // R22: request store, fence, read mode. Pairs with the fence in `Cursor::enter`.
         fence(Ordering::SeqCst);
         // Acquire pairs with the Release in `leave`: what the guest stored is seen.
         let outside = self.mode.load(Ordering::Acquire) == mode::OUTSIDE;
-        // Another requester may be stopped between its request and its kick, hence `insist`.
-        if !outside && (before & requests != requests || insist) {
+        if !outside && kick {
             self.stats.remote_tlb_flush_kicks.bump_shared();
             self.processor.kick();
         }
@@ -238,21 +236,22 @@ impl Flush {
         Generation(self.generation.load(Ordering::Acquire))
     }
 
-    /// Whether no vCPU can run guest code on what was narrowed up to `generation`. Asks those that
-    /// still can to come out; with `insist` also those that were asked before.
-    pub(crate) fn acknowledged(&self, generation: Generation, insist: bool) -> bool {
-        self.poll(generation, insist, |v| &v.seen, |_| true)
+    /// Whether no vCPU can run guest code on what was narrowed up to `generation`. With `kick` those
+    /// that still can are kicked out of the guest: not to be used within a read section.
+    pub(crate) fn acknowledged(&self, generation: Generation, kick: bool) -> bool {
+        self.poll(generation, kick, |v| &v.seen, |_| true)
     }
 
-    /// Whether no processor remembers anything of a table torn down up to `generation`.
-    pub(crate) fn drained(&self, generation: Generation, insist: bool) -> bool {
-        self.poll(generation, insist, |v| &v.drained, |v| v.processor.forgets_outside())
+    /// Whether no processor remembers anything of a table torn down up to `generation`. `kick` as in
+    /// [`Flush::acknowledged`].
+    pub(crate) fn drained(&self, generation: Generation, kick: bool) -> bool {
+        self.poll(generation, kick, |v| &v.drained, |v| v.processor.forgets_outside())
     }
 
     fn poll(
         &self,
         generation: Generation,
-        insist: bool,
+        kick: bool,
         word: impl Fn(&VcpuState) -> &AtomicU64,
         outside_counts: impl Fn(&VcpuState) -> bool,
     ) -> bool {
@@ -261,17 +260,10 @@ impl Flush {
             // Acquire pairs with the Release in `drain` and `drained_inside`.
             if word(vcpu).load(Ordering::Acquire) < generation.0 {
                 vcpu.stats.remote_tlb_flush_requests.bump_shared();
-                all &= vcpu.request(request::FLUSH, insist) && outside_counts(vcpu);
+                all &= vcpu.request(request::FLUSH, kick) && outside_counts(vcpu);
             }
         }
         all
-    }
-
-    /// Asks every vCPU to look at its roots again (R19).
-    pub(crate) fn request_reload(&self) {
-        for vcpu in self.vcpus.load().iter() {
-            vcpu.request(request::RELOAD, false);
-        }
     }
 
     /// Adds a vCPU to those that are waited for.

@@ -11,7 +11,7 @@ use super::role::Key;
 use super::spte::Spte;
 use crate::addr::{ENTRIES, INDEX_BITS, Machine, PAGE_SHIFT, PAGE_SIZE};
 use crate::memory::Backing;
-use crate::sync::{AtomicU32, AtomicU64, LazyArray, LocationSet, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, LazyArray, LocationSet, Ordering, rule};
 use core::fmt;
 use core::ptr::NonNull;
 use std::sync::Arc;
@@ -256,15 +256,24 @@ impl Frames {
         (index < self.count as u64).then_some(FrameId(index as u32))
     }
 
+    /// Number of frames.
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
     /// A frame that nobody uses: with every entry empty, and no page in it yet.
     pub(crate) fn allocate(&self) -> Option<FrameId> {
-        if let Some(frame) = self.free.pop(&self.pages) {
-            return Some(frame);
+        let frame = self.free.pop(&self.pages).or_else(|| {
+            // Relaxed: the number alone matters.
+            let fresh = |f: u32| (f < self.count).then_some(f + 1);
+            let frame = self.fresh.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fresh);
+            frame.ok().map(FrameId)
+        })?;
+        for index in 0..ENTRIES {
+            // Relaxed: the page is published by the link to it.
+            self.entry(Location::new(frame, index)).store(Spte::EMPTY.0, Ordering::Relaxed);
         }
-        // Relaxed: the number alone matters.
-        let fresh = |f: u32| (f < self.count).then_some(f + 1);
-        let frame = self.fresh.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fresh).ok()?;
-        Some(FrameId(frame))
+        Some(frame)
     }
 
     /// Makes a page of an allocated frame.
@@ -297,35 +306,33 @@ impl Frames {
     }
 
     /// Frees the retired frames that no processor remembers: those whose generation `drained`
-    /// approves and that are no vCPU's root. Returns whether a frame became free, and the oldest
-    /// generation that one still waits for.
+    /// approves and that are no vCPU's root. Returns the oldest generation that one waits for.
     pub(crate) fn reclaim(
         &self,
         mut drained: impl FnMut(Generation) -> bool,
-    ) -> (bool, Option<Generation>) {
-        let (mut freed, mut waits) = (false, None);
+    ) -> Option<Generation> {
+        let mut waits = None;
         let mut keep = Vec::new();
         while let Some(frame) = self.graced.pop(&self.pages) {
             let page = self.page(frame);
             let generation = Generation(page.retired.load(Ordering::Relaxed));
             // Acquire pairs with the Release of the vCPU that gave the root up (R19).
-            if page.roots.load(Ordering::Acquire) > 0 || !drained(generation) {
+            let is_root = page.roots.load(Ordering::Acquire) > 0 && rule!(R19);
+            let waited_for = !drained(generation);
+            if waited_for {
                 waits = Some(waits.map_or(generation, |w: Generation| w.min(generation)));
+            }
+            if waited_for || is_root {
                 keep.push(frame);
                 continue;
             }
-            for index in 0..ENTRIES {
-                // Relaxed: the page is published by `claim` and the link to it.
-                self.entry(Location::new(frame, index)).store(Spte::EMPTY.0, Ordering::Relaxed);
-            }
             page.state.store(state::FREE, Ordering::Relaxed);
             self.free.push(&self.pages, frame);
-            freed = true;
         }
         for frame in keep {
             self.graced.push(&self.pages, frame);
         }
-        (freed, waits)
+        waits
     }
 
     /// Every frame that was ever used.

@@ -42,7 +42,7 @@ pub(crate) use stats::Stats;
 use crate::addr::{Gva, INDEX_BITS, LEVELS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle};
-use crate::sync::{AtomicU32, ConcurrentMap, Mutex, Ordering, fence};
+use crate::sync::{AtomicU32, ConcurrentMap, Mutex, Ordering, fence, lock};
 use core::cell::Cell;
 use flush::{Flush, Narrowing};
 use frames::Frames;
@@ -64,8 +64,8 @@ pub(crate) struct Engine {
     writer: Mutex<()>,
     /// Where recycling looks next.
     hand: AtomicU32,
-    /// Numbers for [`Context`]s.
-    contexts: AtomicU32,
+    /// vCPUs that exist, by the number of their [`Context`].
+    seats: Mutex<Vec<bool>>,
     /// Counts of what no vCPU did.
     pub(crate) stats: Stats,
     /// Counts of vCPUs that are gone.
@@ -107,23 +107,41 @@ impl Engine {
             reserved,
             writer: Mutex::new(()),
             hand: AtomicU32::new(0),
-            contexts: AtomicU32::new(0),
+            seats: Mutex::new(Vec::new()),
             stats: Stats::default(),
             past: Mutex::new(StatsSnapshot::default()),
         }
     }
 
-    pub(crate) fn context(&self) -> Context {
-        Context {
-            handle: self.collector.register(),
-            hint: Hint::default(),
-            id: u64::from(self.contexts.fetch_add(1, Ordering::Relaxed)),
-            tags: Cell::new(0),
+    /// A context for one more vCPU; `None` if there are too few table frames for it. Each may hold
+    /// three roots and need a path of tables besides.
+    pub(crate) fn seat(&self) -> Option<Context> {
+        let mut seats = lock(&self.seats);
+        let id = seats.iter().position(|taken| !taken).unwrap_or(seats.len());
+        if id >= self.most_vcpus() {
+            return None;
         }
+        if id == seats.len() {
+            seats.push(true);
+        }
+        seats[id] = true;
+        let (handle, hint, tags) = (self.collector.register(), Hint::default(), Cell::new(0));
+        Some(Context { handle, hint, id: id as u64, tags })
+    }
+
+    /// The vCPU with this context is gone.
+    pub(crate) fn give_up(&self, context: &Context) {
+        lock(&self.seats)[context.id as usize] = false;
+    }
+
+    /// vCPUs that the table frames are enough for.
+    pub(crate) fn most_vcpus(&self) -> usize {
+        const FRAMES: u32 = if cfg!(loom) { 1 } else { 8 };
+        (self.frames.count() / FRAMES).min(1 << 20) as usize
     }
 
     pub(crate) fn stats(&self) -> StatsSnapshot {
-        let mut sum = *crate::sync::lock(&self.past);
+        let mut sum = *lock(&self.past);
         sum.add(&self.stats);
         for vcpu in self.flush.vcpus().iter() {
             sum.add(&vcpu.stats);

@@ -54,15 +54,15 @@ impl Engine {
                 guard.repin();
             }
         }
-        self.wait_acknowledged(self.flush.settled(|_| ()));
-        // Whoever swapped an entry of the slot out has unlinked it after this, so that a new slot
-        // over the same machine memory starts clean.
+        // Whoever swapped an entry of the slot out did so in a read section: after this it has been
+        // recorded and unlinked, so that the wait covers it, and a new slot over the same machine
+        // memory starts clean.
         handle.synchronize();
+        self.wait_acknowledged(self.flush.now());
         let map = self.memory.snapshot().forgetting(&slot);
         drop(slot);
         self.memory.publish(map, &handle);
-        handle.synchronize();
-        self.memory.reclaim();
+        self.memory.reclaim_all(&mut handle);
         Ok(())
     }
 }

@@ -4,7 +4,6 @@
 use super::Engine;
 use super::flush::Generation;
 use super::frames::{FrameId, Location, state};
-use super::role::Key;
 use super::spte::Spte;
 use crate::addr::{ENTRIES, LEVELS};
 use crate::sync::epoch::Guard;
@@ -25,12 +24,10 @@ impl Engine {
             .ok()?;
         let key = page.key();
         self.pages.remove_if_equal(&key, frame);
-        // R17, R19: mark, fence, then look at parents and roots. Pairs with the fence of the fault
-        // that links the page and of the vCPU that loads it as root.
+        // R17: mark, fence, then look at parents. Pairs with the fence of the fault that links the
+        // page. R19: a vCPU that has it as root finds it dead when it enters or faults, and keeps
+        // the frame until it runs on another root.
         fence(Ordering::SeqCst);
-        if page.roots.load(Ordering::Acquire) > 0 {
-            self.flush.request_reload();
-        }
         let mut narrowing = self.flush.narrow();
         let own = self.frames.machine(frame);
         for parent in page.parents.to_vec() {
@@ -50,7 +47,8 @@ impl Engine {
         }
         // Recorded before the links go, so that a scan that misses a link finds the record.
         narrowing.frame(frame);
-        for (index, old) in old.into_iter().enumerate().filter(|(_, old)| old.is_present()) {
+        // From the last: reverse maps are searched from the newest.
+        for (index, old) in old.into_iter().enumerate().rev().filter(|(_, old)| old.is_present()) {
             self.unlink(guard, Location::new(frame, index), old);
         }
         if !key.role().is_direct() {
@@ -79,23 +77,11 @@ impl Engine {
         self.frames.page(frame).is_live()
     }
 
-    /// Counts a vCPU that has the page as root; fails if it is dying, or if the frame holds another
-    /// page by now (R19).
-    pub(super) fn hold_root(&self, frame: FrameId, key: Key) -> bool {
-        let page = self.frames.page(frame);
-        page.roots.fetch_add(1, Ordering::AcqRel);
-        // R19: count, fence, look at the lifecycle. Pairs with the fence in `zap`.
-        fence(Ordering::SeqCst);
-        let held = !rule!(R19) || (page.is_live() && page.key() == key);
-        if !held {
-            self.release_root(frame);
-        }
-        held
-    }
-
-    /// Counts another use of a root that the caller holds.
-    pub(crate) fn hold_again(&self, frame: FrameId) {
-        // Relaxed: the caller's own count keeps the page.
+    /// Counts a vCPU that has the page as root (R19). The caller has found the page within its
+    /// present read section, or holds it already.
+    pub(crate) fn hold_root(&self, frame: FrameId) {
+        // Relaxed: the end of the read section, or the count held already, publishes it to
+        // `reclaim`.
         self.frames.page(frame).roots.fetch_add(1, Ordering::Relaxed);
     }
 

@@ -3,6 +3,7 @@
 
 use super::{AtomicPtr, Ordering};
 use core::fmt;
+use core::marker::PhantomData;
 
 /// Elements of a chunk: with 8-byte elements a chunk is one page.
 const CHUNK: usize = if cfg!(loom) { 2 } else { 512 };
@@ -12,12 +13,14 @@ const CHUNK: usize = if cfg!(loom) { 2 } else { 512 };
 pub(crate) struct LazyArray<T> {
     chunks: Box<[AtomicPtr<[T; CHUNK]>]>,
     len: usize,
+    /// Shared and sent only if its elements can be.
+    owns: PhantomData<T>,
 }
 
 impl<T: Default> LazyArray<T> {
     pub(crate) fn new(len: usize) -> Self {
         let chunks = (0..len.div_ceil(CHUNK)).map(|_| AtomicPtr::new(core::ptr::null_mut()));
-        Self { chunks: chunks.collect(), len }
+        Self { chunks: chunks.collect(), len, owns: PhantomData }
     }
 
     /// The element, if its chunk exists; `None` also beyond the end.

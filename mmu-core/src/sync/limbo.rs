@@ -6,7 +6,7 @@
 //! lock-free list; whoever calls [`Limbo::drain`] (writers, maintenance) drops it.
 
 use super::epoch::Guard;
-use super::{AtomicPtr, Ordering};
+use super::{AtomicPtr, AtomicU64, Ordering};
 use core::fmt;
 use core::ptr;
 use std::sync::Arc;
@@ -63,29 +63,42 @@ impl<T> Retired<T> {
 }
 
 /// Items whose grace period has passed, until somebody drains them.
-pub(crate) struct Limbo<T>(Arc<Stack<T>>);
+pub(crate) struct Limbo<T> {
+    stack: Arc<Stack<T>>,
+    /// Items retired and not drained yet.
+    waiting: AtomicU64,
+}
 
 impl<T: Send + 'static> Limbo<T> {
     pub(crate) fn new() -> Self {
-        Self(Arc::new(Stack(AtomicPtr::new(ptr::null_mut()))))
+        let stack = Arc::new(Stack(AtomicPtr::new(ptr::null_mut())));
+        Self { stack, waiting: AtomicU64::new(0) }
     }
 
     /// Puts `item` on the list once every section that is open now has ended.
     pub(crate) fn retire(&self, item: T, guard: &Guard<'_>) {
         let node = Retired(Box::into_raw(Box::new(Node { item, next: ptr::null_mut() })));
-        let stack = Arc::clone(&self.0);
+        let stack = Arc::clone(&self.stack);
+        // Relaxed: writers, who ask, are serialised by their lock.
+        self.waiting.fetch_add(1, Ordering::Relaxed);
         guard.defer(move || stack.push(node.into_node()));
     }
 
     /// Hands every item on the list to `f`.
     pub(crate) fn drain(&self, mut f: impl FnMut(T)) {
-        let mut next = self.0.take();
+        let mut next = self.stack.take();
         while let Some(node) = next {
             // SAFETY: as in the destructor of the list.
             let node = *unsafe { Box::from_raw(node) };
             next = (!node.next.is_null()).then_some(node.next);
             f(node.item);
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// Whether nothing waits.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) == 0
     }
 }
 

@@ -108,10 +108,9 @@ impl Backoff {
         self.0 = self.0.saturating_add(1);
     }
 
-    /// True more and more rarely: when to ask again those who were asked before and do not answer,
-    /// because whoever asked first may have been stopped between asking and kicking.
+    /// True at first, and then more and more rarely: when to kick those who are waited for.
     pub(crate) fn is_milestone(&self) -> bool {
-        self.0 > Self::SPINS && self.0.is_power_of_two()
+        self.0 == 0 || self.0 > Self::SPINS && self.0.is_power_of_two()
     }
 
     /// Whether waiting has become slow, so that a caller who can do something else should.

@@ -67,15 +67,19 @@ impl Vcpu {
         let guard = self.context.handle.pin();
         let map = self.engine.memory.load(&guard);
         let access = Access { user, ..Access::write() };
-        for (at, part) in parts(gva, bytes.len()) {
-            self.locate_for_write(map, at, part.len(), access)?;
-        }
-        for (at, part) in parts(gva, bytes.len()) {
-            // The tables may have changed since: then the later part goes where they say now, as
-            // on a processor that walks again.
-            let gpa = self.locate_for_write(map, at, part.len(), access)?;
-            self.engine.write_phys(&self.state.stats, &guard, map, gpa, &bytes[part]);
-        }
+        let write = |gpa, part: &[u8]| {
+            self.engine.write_phys(&self.state.stats, &guard, map, gpa, part);
+        };
+        let mut parts = parts(gva, bytes.len());
+        let Some((at, first)) = parts.next() else { return Ok(()) };
+        let gpa = self.locate_for_write(map, at, first.len(), access)?;
+        // Every page is translated before the first is written. Only an access that crosses a page
+        // allocates.
+        let rest = parts
+            .map(|(at, part)| Ok((self.locate_for_write(map, at, part.len(), access)?, part)))
+            .collect::<Result<Vec<_>, AccessError>>()?;
+        write(gpa, &bytes[first]);
+        rest.into_iter().for_each(|(gpa, part)| write(gpa, &bytes[part]));
         Ok(())
     }
 

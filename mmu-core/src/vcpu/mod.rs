@@ -13,7 +13,7 @@ pub(crate) use soft::SoftProcessor;
 pub use soft::{Session, SoftExit, SoftVcpu};
 
 use crate::addr::{Gva, LEVELS, Machine};
-use crate::paging::{Access, BadRegisters, Fault, PagingMode, Regs, Walk};
+use crate::paging::{Access, BadRegisters, Fault, PagingMode, Regs, Walk, bits};
 use crate::shadow::{
     Context, Cursor, Downgrade, Engine, FaultInfo, FrameId, Generation, Outcome, Processor, Regime,
     Stall, VcpuState, request,
@@ -21,27 +21,34 @@ use crate::shadow::{
 use crate::sync::{Backoff, lock};
 use std::sync::Arc;
 
-/// Why registers were refused; the vCPU keeps the old ones.
+/// Why a vCPU, or new registers for it, were refused; an existing vCPU keeps the old ones.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum RegsError {
+pub enum VcpuError {
     /// No processor accepts the combination.
     #[error(transparent)]
     Illegal(#[from] BadRegisters),
-    /// The shadow cannot follow guest tables of this format yet.
+    /// The walker follows this, the shadow does not yet.
     #[error(
-        "guest paging with {levels} levels (CR0 {cr0:#x}, CR4 {cr4:#x}, EFER {efer:#x}) is not \
-         shadowed yet: only 4-level paging is"
+        "{what} is not shadowed yet (CR0 {cr0:#x}, CR3 {cr3:#x}, CR4 {cr4:#x}, EFER {efer:#x})"
     )]
     Unsupported {
-        /// Levels of the guest's tables; 0 without paging.
-        levels: u8,
+        /// What is not supported.
+        what: &'static str,
         /// CR0 given.
         cr0: u64,
+        /// CR3 given.
+        cr3: u64,
         /// CR4 given.
         cr4: u64,
         /// EFER given.
         efer: u64,
+    },
+    /// The table memory is too small for another vCPU.
+    #[error("the table memory is enough for {vcpus} vCPUs, which there are")]
+    TooFewFrames {
+        /// vCPUs that it is enough for.
+        vcpus: usize,
     },
     /// The root table would lie in no memslot.
     #[error("CR3 {cr3:#x} points at no memslot")]
@@ -61,6 +68,8 @@ pub enum Entry {
         /// The generation that was handed out; [`Vcpu::drained`] once the processor has applied it.
         generation: Generation,
     },
+    /// CR3 points at no memslot any more: a processor would shut down. The vCPU is outside.
+    RootOutside,
     /// Somebody wants the thread back ([`VcpuHandle::request_exit`]). The vCPU is outside.
     Exit,
 }
@@ -91,7 +100,8 @@ pub struct Vcpu {
     /// it is told another: R19.
     loaded: Option<FrameId>,
     faults: u64,
-    /// The present wait.
+    /// What is waited for, and how long already.
+    stall: Option<Stall>,
     wait: Backoff,
 }
 
@@ -100,9 +110,11 @@ impl Vcpu {
         engine: Arc<Engine>,
         processor: Arc<dyn Processor>,
         regs: Regs,
-    ) -> Result<Self, RegsError> {
-        let context = engine.context();
-        let mode = compile(&engine, &context, &regs)?;
+    ) -> Result<Self, VcpuError> {
+        let Some(context) = engine.seat() else {
+            return Err(VcpuError::TooFewFrames { vcpus: engine.most_vcpus() });
+        };
+        let mode = compile(&engine, &context, &regs).inspect_err(|_| engine.give_up(&context))?;
         let (state, cursor) = engine.flush.join(processor);
         Ok(Self {
             engine,
@@ -113,6 +125,7 @@ impl Vcpu {
             mode,
             roots: [None; 2],
             loaded: None,
+            stall: None,
             wait: Backoff::default(),
             faults: 0,
         })
@@ -128,8 +141,8 @@ impl Vcpu {
     ///
     /// # Errors
     ///
-    /// [`RegsError`], which names the values; the old registers stay.
-    pub fn set_regs(&mut self, regs: Regs) -> Result<(), RegsError> {
+    /// [`VcpuError`], which names the values; the old registers stay.
+    pub fn set_regs(&mut self, regs: Regs) -> Result<(), VcpuError> {
         self.mode = compile(&self.engine, &self.context, &regs)?;
         self.release_roots();
         self.regs = regs;
@@ -154,32 +167,40 @@ impl Vcpu {
     ///
     /// A [`Stall`]: wait with [`Vcpu::must_wait`], then try again.
     pub fn fault(&mut self, gva: Gva, access: Access) -> Result<Outcome, Stall> {
+        self.leave();
         self.faults += 1;
         let user = access.user && !access.implicit;
-        let root = self.root(user)?;
-        let info =
-            FaultInfo { mode: self.mode, regime: Regime::of(&self.regs, user), root, gva, access };
-        self.engine.fault(&self.context, &self.state.stats, &info)
-    }
-
-    /// The root for one privilege, loaded if need be.
-    fn root(&mut self, user: bool) -> Result<FrameId, Stall> {
-        let held = &mut self.roots[usize::from(user)];
-        if let Some(root) = *held {
-            if self.engine.is_live(root) {
-                return Ok(root);
-            }
-            self.engine.release_root(root);
-            *held = None;
-        }
         let (mode, regime) = (self.mode, Regime::of(&self.regs, user));
         loop {
-            let stats = &self.state.stats;
-            if let Some(root) = self.engine.load_root(&self.context, stats, &mode, regime)? {
-                self.roots[usize::from(user)] = Some(root);
-                return Ok(root);
+            let Some(root) = self.root(user)? else {
+                // CR3 points at no memory any more: what the guest's walk makes of that.
+                let guard = self.context.handle.pin();
+                let map = self.engine.memory.load(&guard);
+                match mode.walk(map, &self.context.hint, gva, access) {
+                    Err(fault) => return Ok(Outcome::Guest(fault)),
+                    // The memory is back.
+                    Ok(_) => continue,
+                }
+            };
+            let info = FaultInfo { mode, regime, root, gva, access };
+            return self.engine.fault(&self.context, &self.state.stats, &info);
+        }
+    }
+
+    /// The root for one privilege, loaded if need be; `None` if CR3 points at no memslot any more.
+    fn root(&mut self, user: bool) -> Result<Option<FrameId>, Stall> {
+        // Dead roots of either privilege go: their frames wait for it.
+        for held in &mut self.roots {
+            if let Some(dead) = held.take_if(|root| !self.engine.is_live(*root)) {
+                self.engine.release_root(dead);
             }
         }
+        let held = &mut self.roots[usize::from(user)];
+        if held.is_none() {
+            let (stats, regime) = (&self.state.stats, Regime::of(&self.regs, user));
+            *held = self.engine.load_root(&self.context, stats, &self.mode, regime)?;
+        }
+        Ok(*held)
     }
 
     fn release_roots(&mut self) {
@@ -193,14 +214,18 @@ impl Vcpu {
     /// inside between polls, without running guest code, so that two vCPUs that wait for each
     /// other get on.
     pub fn must_wait(&mut self, stall: Stall) -> bool {
-        let insist = self.wait.is_milestone();
+        self.leave();
+        if self.stall.replace(stall) != Some(stall) {
+            self.wait = Backoff::default();
+        }
+        let kick = self.wait.is_milestone();
         self.wait.step();
         let wait = match stall {
-            Stall::Flush(generation) => !self.engine.flush.acknowledged(generation, insist),
-            Stall::Frames(generation) => !self.engine.flush.drained(generation, insist),
+            Stall::Flush(generation) => !self.engine.flush.acknowledged(generation, kick),
+            Stall::Frames(generation) => !self.engine.flush.drained(generation, kick),
         };
         if !wait {
-            self.wait = Backoff::default();
+            self.stall = None;
             if let Stall::Frames(_) = stall {
                 // The frames come back with the end of the read sections that know them.
                 self.context.handle.synchronize();
@@ -220,11 +245,11 @@ impl Vcpu {
             if self.cursor.take_requests() & request::EXIT != 0 {
                 return Ok(Entry::Exit);
             }
-            let root = self.root(user)?;
+            let Some(root) = self.root(user)? else { return Ok(Entry::RootOutside) };
             let generation = self.cursor.drain(&self.engine.flush, &mut apply);
             if self.cursor.enter() {
                 if self.loaded != Some(root) {
-                    self.engine.hold_again(root);
+                    self.engine.hold_root(root);
                     if let Some(old) = self.loaded.replace(root) {
                         self.engine.release_root(old);
                     }
@@ -271,17 +296,23 @@ impl Vcpu {
 }
 
 /// Checks registers and compiles them.
-fn compile(engine: &Engine, context: &Context, regs: &Regs) -> Result<PagingMode, RegsError> {
+fn compile(engine: &Engine, context: &Context, regs: &Regs) -> Result<PagingMode, VcpuError> {
     let mode = PagingMode::new(regs)?;
     let Regs { cr0, cr3, cr4, efer, .. } = *regs;
-    if mode.levels() != LEVELS {
-        return Err(RegsError::Unsupported { levels: mode.levels(), cr0, cr4, efer });
+    let lam = bits::CR3_LAM_U48 | bits::CR3_LAM_U57;
+    let refused = [
+        (mode.levels() != LEVELS, "guest paging other than 4-level"),
+        (cr4 & (bits::CR4_PKE | bits::CR4_PKS) != 0, "protection keys"),
+        (cr4 & bits::CR4_LAM_SUP != 0 || cr3 & lam != 0, "linear-address masking"),
+    ];
+    if let Some((_, what)) = refused.into_iter().find(|(refused, _)| *refused) {
+        return Err(VcpuError::Unsupported { what, cr0, cr3, cr4, efer });
     }
     let guard = context.handle.pin();
     let map = engine.memory.load(&guard);
     match map.slot(mode.root(), &context.hint) {
         Some(_) => Ok(mode),
-        None => Err(RegsError::RootOutside { cr3 }),
+        None => Err(VcpuError::RootOutside { cr3 }),
     }
 }
 
@@ -293,6 +324,7 @@ impl Drop for Vcpu {
             self.engine.release_root(loaded);
         }
         self.engine.flush.leave(&self.state);
+        self.engine.give_up(&self.context);
         lock(&self.engine.past).add(&self.state.stats);
     }
 }

@@ -166,9 +166,7 @@ impl Session<'_> {
     /// [`SoftExit`].
     #[inline]
     pub fn load_u64(&mut self, gva: Gva, user: bool) -> Result<u64, SoftExit> {
-        let access = Access { user, ..Access::read() };
-        // Acquire, as x86 loads are.
-        self.word(gva, access).map(|word| word.load(Ordering::Acquire))
+        self.word(gva, Access { user, ..Access::read() })
     }
 
     /// Writes guest-virtual memory; a write to a guest page table is emulated. Each part of an
@@ -259,7 +257,7 @@ impl Session<'_> {
             let at = gva.wrapping_add(done as u64);
             let skip = (at.0 % 8) as usize;
             let n = (8 - skip).min(buf.len() - done);
-            let bytes = self.word(at, access)?.load(Ordering::Acquire).to_le_bytes();
+            let bytes = self.word(at, access)?.to_le_bytes();
             buf[done..done + n].copy_from_slice(&bytes[skip..skip + n]);
             done += n;
         }
@@ -271,13 +269,17 @@ impl Session<'_> {
         self.translate(gva, access).map(drop)
     }
 
-    /// The word that a read or fetch of `gva` meets.
+    /// The aligned word around `gva`, read or fetched.
     #[inline]
-    fn word(&mut self, gva: Gva, access: Access) -> Result<&AtomicU64, SoftExit> {
+    fn word(&mut self, gva: Gva, access: Access) -> Result<u64, SoftExit> {
         match self.translate(gva, access)? {
-            Found::Page(page) => Ok(self.word_of(page, gva)),
-            // Only writes are emulated.
-            Found::Emulate => Err(SoftExit::Mmio(Gpa(0))),
+            // Acquire, as x86 loads are.
+            Found::Page(page) => Ok(self.word_of(page, gva).load(Ordering::Acquire)),
+            Found::Emulate => {
+                let mut bytes = [0; 8];
+                self.emulate(|vcpu| vcpu.read(Gva(gva.0 & !7), &mut bytes, access))?;
+                Ok(u64::from_le_bytes(bytes))
+            }
         }
     }
 
@@ -325,9 +327,10 @@ impl Session<'_> {
     #[cold]
     fn translate_slow(&mut self, gva: Gva, access: Access) -> Result<Found, SoftExit> {
         loop {
-            self.go_inside(access.user)?;
-            if let Some(found) = self.walk(gva, access) {
-                return Ok(Found::Page(found));
+            if self.go_inside(access.user)? {
+                if let Some(found) = self.walk(gva, access) {
+                    return Ok(Found::Page(found));
+                }
             }
             self.leave();
             match self.cpu.vcpu.fault(gva, access) {
@@ -349,11 +352,11 @@ impl Session<'_> {
         }
     }
 
-    /// Goes inside if outside, or if somebody has asked for something.
-    fn go_inside(&mut self, user: bool) -> Result<(), SoftExit> {
+    /// Goes inside if outside, or if somebody has asked for something; false if there is no root.
+    fn go_inside(&mut self, user: bool) -> Result<bool, SoftExit> {
         let loaded = self.cpu.roots[usize::from(user)].is_some();
         if self.inside && loaded && !self.cpu.vcpu.cursor.has_requests() {
-            return Ok(());
+            return Ok(true);
         }
         self.leave();
         loop {
@@ -372,8 +375,9 @@ impl Session<'_> {
                     self.inside = true;
                     self.cpu.vcpu.drained(generation);
                     self.cpu.roots = self.cpu.vcpu.roots;
-                    return Ok(());
+                    return Ok(true);
                 }
+                Ok(Entry::RootOutside) => return Ok(false),
                 Ok(Entry::Exit) => return Err(SoftExit::Requested),
                 Err(stall) => self.wait(stall),
             }
@@ -421,7 +425,7 @@ impl Drop for Session<'_> {
 enum Found {
     /// To this page of host memory.
     Page(*const AtomicU64),
-    /// To a guest page table that the engine shadows.
+    /// Through the guest's own tables: no shadow entry can grant it.
     Emulate,
 }
 

@@ -37,6 +37,12 @@ impl Collector {
     }
 }
 
+impl Default for Collector {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// A registered reader.
 pub enum Handle {
     /// Of the stand-in.
