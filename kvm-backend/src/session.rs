@@ -21,7 +21,7 @@ pub enum RunError {
     #[error("{place}: {crash}")]
     Crash {
         /// Where it was.
-        place: Place,
+        place: Box<Place>,
         /// Why.
         crash: Crash,
     },
@@ -202,7 +202,9 @@ impl Session<'_> {
         self.seats[vcpu].running = false;
         match event {
             Event::Halt => Ok(()),
-            Event::Crash(crash) => Err(RunError::Crash { place: Place { vcpu, regs }, crash }),
+            Event::Crash(crash) => {
+                Err(RunError::Crash { place: Box::new(Place { vcpu, regs }), crash })
+            }
             Event::Stopped => Err(RunError::Lost { vcpu }),
         }
     }

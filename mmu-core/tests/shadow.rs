@@ -152,7 +152,7 @@ fn tables_in_a_deleted_slot_are_forgotten() {
     let backing = || Arc::new(AllocatedMemory::new(MIB));
     guest.mmu.create_slot(SlotConfig::new(1, Gpa(16 * MIB), backing())).unwrap();
     let gva = Gva(0x1234_5000);
-    guest.write(guest.entry(guest.root, gva, 2), 16 * MIB | RWU);
+    guest.write(guest.entry(guest.root, gva, 2), (16 * MIB) | RWU);
     let at = guest.entry(guest.root, gva, 1);
     assert_eq!(at.gfn().gpa(), Gpa(16 * MIB));
     guest.write(at, 0x5000 | RWU);
@@ -257,7 +257,7 @@ fn stress_everything_at_once() {
                             let window = if x & 0x100 == 0 { edit } else { edit + 0x4000_0000 };
                             let new = spare.swap_remove((x >> 30) as usize % spare.len());
                             spare.push(std::mem::replace(&mut frames[page as usize], new));
-                            store(&mut cpu, window + page * 8, new * PAGE | RWU);
+                            store(&mut cpu, window + page * 8, (new * PAGE) | RWU);
                             cpu.session().invlpg(Gva(base + page * PAGE));
                         }
                         1..=3 => {
@@ -407,7 +407,7 @@ fn tables_in_read_only_memory_are_walked_and_audited() {
     let rom = Arc::new(AllocatedMemory::new(PAGE));
     rom.words()[5].store(0x5000 | RWU, Ordering::Relaxed);
     guest.mmu.create_slot(SlotConfig::new(1, Gpa(16 * MIB), rom).read_only()).unwrap();
-    guest.write(guest.entry(guest.root, Gva(0), 2), 16 * MIB | RWU);
+    guest.write(guest.entry(guest.root, Gva(0), 2), (16 * MIB) | RWU);
     let mut cpu = guest.vcpu();
     store(&mut cpu, 0x5010, 3);
     assert_eq!(load(&mut cpu, 0x5010), 3);
@@ -421,7 +421,7 @@ fn nothing_reaches_a_deleted_slot() {
     let guest = Guest::new(8 * MIB, 4 * MIB, 256, false);
     let window = Gva(0x40_0000);
     let entry = guest.entry(guest.root, window, 1);
-    guest.write(entry, 16 * MIB | RWU);
+    guest.write(entry, (16 * MIB) | RWU);
     let (there, stop) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|s| {
         let (guest, there, stop) = (&guest, &there, &stop);
@@ -437,7 +437,7 @@ fn nothing_reaches_a_deleted_slot() {
         });
         s.spawn(move || {
             while !stop.load(Ordering::Relaxed) {
-                guest.write(entry, 16 * MIB | RWU);
+                guest.write(entry, (16 * MIB) | RWU);
             }
         });
         for _ in 0..100 {

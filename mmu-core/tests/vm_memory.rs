@@ -25,7 +25,7 @@ fn both_sides_see_one_memory() {
     for (entry, value) in [(0x1000, 0x2007u64), (0x2000, 0x3007), (0x3000, 0x4007)] {
         memory.write_obj(value, GuestAddress(entry)).unwrap();
     }
-    memory.write_obj(8 * MIB | 7, GuestAddress(0x4000)).unwrap();
+    memory.write_obj((8 * MIB) | 7, GuestAddress(0x4000)).unwrap();
     let mut cpu = mmu.create_soft_vcpu(Regs::long_mode(0x1000)).unwrap();
     cpu.session().store(Gva(0x10), &0xfeedu64.to_le_bytes(), true).unwrap();
     assert_eq!(memory.read_obj::<u64>(GuestAddress(8 * MIB + 0x10)).unwrap(), 0xfeed);

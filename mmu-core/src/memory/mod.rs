@@ -4,7 +4,7 @@
 //! A [`MemoryMap`] is immutable. Writers build the next one and publish it through an
 //! epoch-protected pointer; a reader pins, loads the pointer once, and uses that one map for the
 //! whole operation (R31). Holders that outlive a pin take the same map as an `Arc`
-//! ([`Memory::snapshot`]). What successive maps share of a slot, its dirty bitmap and its reverse
+//! ([`crate::Mmu::memory`]). What successive maps share of a slot, its dirty bitmap and its reverse
 //! maps, lives in the slot itself.
 
 mod backing;

@@ -60,7 +60,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> VmMemoryRegion<M> {
             .map_err(|source| RegionError::NotMapped { base, source })?
             .ptr_guard_mut()
             .as_ptr();
-        if size % PAGE_SIZE != 0 || !(host as u64).is_multiple_of(PAGE_SIZE) {
+        if size % PAGE_SIZE != 0 || host as u64 % PAGE_SIZE != 0 {
             return Err(RegionError::Misaligned { base, size, host: host as u64 });
         }
         let words =

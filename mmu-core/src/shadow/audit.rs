@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The audit: compares the whole shadow with the guest's tables and with itself.
 
-use super::frames::{FrameId, Location, PROTECTED, state};
+use super::frames::{PROTECTED, state};
+use super::location::{FrameId, Location};
 use super::role::Key;
 use super::spte::Spte;
 use super::{Engine, Role};

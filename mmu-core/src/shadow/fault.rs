@@ -16,7 +16,8 @@
 //! for, outside any read section.
 
 use super::flush::Generation;
-use super::frames::{FrameId, Location, PROTECTED, UNPROTECTED};
+use super::frames::{PROTECTED, UNPROTECTED};
+use super::location::{FrameId, Location};
 use super::role::{Key, Regime, Role};
 use super::spte::Spte;
 use super::stats::Stats;

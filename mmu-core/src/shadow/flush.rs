@@ -17,7 +17,7 @@
 //! that a reader cannot get (overwritten, or its writer has not finished it) becomes
 //! [`Downgrade::Everything`].
 
-use super::frames::{FrameId, Location};
+use super::location::{FrameId, Location};
 use super::stats::Stats;
 use crate::addr::Gva;
 use crate::sync::{AtomicU32, AtomicU64, Door, Mutex, Ordering, fence, lock, rule};

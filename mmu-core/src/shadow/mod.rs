@@ -8,7 +8,7 @@
 //!   that could have changed before it publishes, and whoever takes something away changes the
 //!   state first and then swaps out pending entries as well as present ones (`fault`);
 //! * what was taken away is recorded for every vCPU before anything else is done about it
-//!   ([`Flush`]), and whoever relies on it waits for the vCPUs, outside any read section;
+//!   (`flush`), and whoever relies on it waits for the vCPUs, outside any read section;
 //! * the reverse map of a page is found from the machine address in the entry itself, so the key
 //!   used at removal cannot differ from the one used at install (R14).
 //!
@@ -19,6 +19,7 @@ mod edit;
 mod fault;
 mod flush;
 mod frames;
+mod location;
 mod protect;
 mod role;
 mod slots;
@@ -29,7 +30,7 @@ mod zap;
 pub use audit::{AuditReport, Disagreement};
 pub use fault::{Outcome, Stall};
 pub use flush::{Downgrade, Generation, Processor};
-pub use frames::{FrameId, Location};
+pub use location::{FrameId, Location};
 pub use stats::StatsSnapshot;
 
 pub(crate) use edit::Exchange;

@@ -3,7 +3,7 @@
 
 use super::Engine;
 use super::flush::{Generation, Narrowing};
-use super::frames::Location;
+use super::location::Location;
 use super::stats::Stats;
 use crate::memory::Slot;
 use crate::sync::Backoff;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Creating and deleting memslots.
 
-use super::frames::Location;
+use super::location::Location;
 use super::{Engine, FrameId, Spte};
 use crate::memory::{SlotConfig, SlotError, SlotId};
 use crate::sync::{lock, rule};

@@ -3,7 +3,8 @@
 
 use super::Engine;
 use super::flush::Generation;
-use super::frames::{FrameId, Location, state};
+use super::frames::state;
+use super::location::{FrameId, Location};
 use super::spte::Spte;
 use crate::addr::{ENTRIES, LEVELS};
 use crate::sync::epoch::Guard;

@@ -7,11 +7,11 @@
 //!
 //! | facade | normal build | model build |
 //! | --- | --- | --- |
-//! | atomics, [`fence`], [`UnsafeCell`] | `core` | `loom` |
+//! | atomics, [`fence`], `UnsafeCell` | `core` | `loom` |
 //! | [`epoch`] | crossbeam-epoch | a checked stand-in, or crossbeam-epoch over loom |
-//! | [`ConcurrentMap`] | dashmap | an ordered map under a loom mutex |
-//! | [`Door`] | arc-swap | an `Arc` under a loom mutex |
-//! | [`Mutex`] | `std` | loom |
+//! | `ConcurrentMap` | dashmap | an ordered map under a loom mutex |
+//! | `Door` | arc-swap | an `Arc` under a loom mutex |
+//! | `Mutex` | `std` | loom |
 
 mod chunks;
 mod door;

@@ -292,7 +292,7 @@ mod tests {
                 set.add(v);
                 *oracle.entry(v).or_insert(0) += 1;
             } else {
-                let had = oracle.get(&v).is_some();
+                let had = oracle.contains_key(&v);
                 assert_eq!(set.remove(v), had);
                 if had {
                     let n = oracle.get_mut(&v).unwrap();
