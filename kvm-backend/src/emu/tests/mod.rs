@@ -4,7 +4,6 @@
 mod encode;
 mod faults;
 mod native;
-mod speed;
 mod units;
 
 use super::{Bus, DecodeCache, Event, MAX_INSN, Stop, step};

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guest memory with page tables in it.
+
+use crate::figure::Failure;
+use mmu_core::addr::Gpa;
+use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig};
+use mmu_core::paging::{Regs, bits};
+use mmu_core::{Config, Mmu};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
+/// A mebibyte.
+pub const MIB: u64 = 1 << 20;
+/// An entry that refers to a table.
+pub const TABLE: u64 = bits::P | bits::RW | bits::US | bits::A;
+/// The entry of an ordinary user page as systems make it for memory that they hand out: accessed
+/// and dirty already, which spares the processor two locked updates.
+pub const LEAF: u64 = TABLE | bits::D;
+
+/// The next of a sequence of pseudo-random numbers (Marsaglia's xorshift64).
+pub fn xorshift(mut x: u64) -> u64 {
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^= x << 17;
+    x
+}
+
+/// Guest-physical memory from 0 on. Tables are taken from it in turn.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    backing: Arc<AllocatedMemory>,
+    next: u64,
+}
+
+impl Memory {
+    /// `size` bytes, with tables from `tables` on.
+    pub fn new(size: u64, tables: u64) -> Self {
+        Self { backing: Arc::new(AllocatedMemory::new(size)), next: tables }
+    }
+
+    /// The memory itself.
+    pub fn backing(&self) -> Arc<AllocatedMemory> {
+        Arc::clone(&self.backing)
+    }
+
+    /// The words.
+    pub fn words(&self) -> &[AtomicU64] {
+        self.backing.words()
+    }
+
+    /// The word at an address.
+    pub fn word(&self, gpa: u64) -> &AtomicU64 {
+        &self.words()[(gpa / 8) as usize]
+    }
+
+    /// An empty table.
+    pub fn table(&mut self) -> u64 {
+        let table = self.next;
+        self.next += PAGE;
+        table
+    }
+
+    /// Where the tables end.
+    pub fn tables_end(&self) -> u64 {
+        self.next
+    }
+
+    /// The table of the lowest level for an address; makes those that are missing on the way.
+    pub fn leaf_table(&mut self, root: u64, gva: u64) -> u64 {
+        let mut table = root;
+        for level in (2..=4).rev() {
+            let at = table + (gva >> (12 + 9 * (level - 1)) & 511) * 8;
+            let mut entry = self.word(at).load(Ordering::Relaxed);
+            if entry == 0 {
+                entry = self.table() | TABLE;
+                self.word(at).store(entry, Ordering::Relaxed);
+            }
+            table = entry & bits::ADDR;
+        }
+        table
+    }
+
+    /// Maps a page, before any engine knows the tables.
+    pub fn map(&mut self, root: u64, gva: u64, gpa: u64) {
+        let at = self.leaf_table(root, gva) + (gva >> 12 & 511) * 8;
+        self.word(at).store(gpa | LEAF, Ordering::Relaxed);
+    }
+
+    fn slot(&self) -> SlotConfig {
+        SlotConfig::new(0, Gpa(0), self.backing.clone())
+    }
+
+    /// An engine with this memory and `frames` frames for shadow tables.
+    ///
+    /// # Errors
+    ///
+    /// What the engine says.
+    pub fn engine(&self, frames: u64) -> Result<Mmu, Failure> {
+        let tables = Arc::new(AllocatedMemory::new(frames * PAGE));
+        let mmu = Mmu::new(Config::new(tables)).map_err(Failure::in_step("engine"))?;
+        mmu.create_slot(self.slot()).map_err(Failure::in_step("slot"))?;
+        Ok(mmu)
+    }
+}
+
+/// The registers of a 64-bit guest with this root.
+pub fn regs(root: u64) -> Regs {
+    Regs::long_mode(root)
+}

@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Several vCPUs that allocate 1 MiB, touch it and free it, again and again.
+//!
+//! Guests edit their own tables: each store to one faults and is emulated, as on hardware. What a
+//! vCPU does between faults is to enter the guest, which makes it drain what others dropped. The
+//! regime's lock is held for each fault and each emulated store, and for nothing else.
+
+use crate::cpu::{Work, together};
+use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
+use crate::guest::{LEAF, MIB, Memory, PAGE, regs};
+use crate::measure::{Effort, Samples, Variant, calibrate, interleave, per_operation, undisturbed};
+use crate::regime::{Brief, Regime, Vm};
+use crate::rows::threads::needs_two;
+use mmu_core::addr::Gva;
+use mmu_core::paging::Access;
+use mmu_core::shadow::{Outcome, Stall};
+use mmu_core::vcpu::{Entry, Vcpu};
+use serde_json::json;
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Pages of a MiB.
+const PAGES: u64 = MIB / PAGE;
+/// Where the ranges begin.
+const RANGES: u64 = 0x4000_0000;
+/// Where a guest sees its own tables.
+const WINDOWS: u64 = 0x10_0000_0000;
+
+/// Who shares what with whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    /// Page tables of its own for each vCPU.
+    OwnTables,
+    /// One address space, a range of its own for each.
+    OwnRange,
+    /// One range of one address space.
+    OneRange,
+}
+
+/// One vCPU with its range.
+struct Lane {
+    vcpu: Vcpu,
+    memory: Memory,
+    range: u64,
+    window: u64,
+    data: u64,
+    cycles: u64,
+    layout: Layout,
+}
+
+impl Lane {
+    /// Lets the guest go on: the vCPU enters, learns what to forget, and comes out again.
+    fn resume(&mut self) -> Result<(), Failure> {
+        loop {
+            match self.vcpu.enter(true, |_| ()) {
+                Ok(Entry::Run { generation, .. }) => {
+                    self.vcpu.drained(generation);
+                    self.vcpu.leave();
+                    return Ok(());
+                }
+                Ok(other) => return Err(Failure::new(format!("entry: {other:?}"))),
+                Err(stall) => self.wait(stall),
+            }
+        }
+    }
+
+    #[cold]
+    fn wait(&mut self, stall: Stall) {
+        while self.vcpu.must_wait(stall) {
+            std::thread::yield_now();
+        }
+    }
+
+    fn fault(&mut self, vm: &Vm, gva: u64) -> Result<Outcome, Failure> {
+        loop {
+            match vm.exclusive(|| self.vcpu.fault(Gva(gva), Access::write().user())) {
+                Ok(outcome) => return Ok(outcome),
+                Err(stall) => self.wait(stall),
+            }
+        }
+    }
+
+    /// The guest stores to an entry of its own table.
+    fn store_entry(&mut self, vm: &Vm, page: u64, entry: u64) -> Result<(), Failure> {
+        let gva = self.window + page * 8;
+        match self.fault(vm, gva)? {
+            Outcome::Emulate { .. } => {}
+            other => return Err(Failure::new(format!("store to a table: {other:?}"))),
+        }
+        let bytes = entry.to_le_bytes();
+        let written = vm.exclusive(|| self.vcpu.write(Gva(gva), &bytes, true));
+        written.map_err(Failure::in_step("emulated store"))?;
+        self.resume()
+    }
+
+    /// The guest stores to a page that it has just mapped.
+    fn touch(&mut self, vm: &Vm, page: u64) -> Result<(), Failure> {
+        match self.fault(vm, self.range + page * PAGE)? {
+            Outcome::Fixed => {
+                let word = self.memory.word(self.data + page * PAGE);
+                word.store(self.cycles + page, Ordering::Relaxed);
+                self.resume()
+            }
+            // Somebody else has freed it meanwhile.
+            Outcome::Guest(_) if self.layout == Layout::OneRange => Ok(()),
+            other => Err(Failure::new(format!("touch of page {page}: {other:?}"))),
+        }
+    }
+
+    /// Allocate, touch, free.
+    fn cycle(&mut self, vm: &Vm) -> Result<(), Failure> {
+        self.cycles += 1;
+        for page in 0..PAGES {
+            self.store_entry(vm, page, (self.data + page * PAGE) | LEAF)?;
+        }
+        for page in 0..PAGES {
+            self.touch(vm, page)?;
+        }
+        for page in 0..PAGES {
+            // INVLPG is the entry at the end of each store.
+            self.store_entry(vm, page, 0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Engines and the vCPUs on them.
+struct Setup {
+    vms: Vec<Vm>,
+    lanes: RefCell<Vec<Lane>>,
+    layout: Layout,
+}
+
+impl Setup {
+    /// `lanes` vCPUs on one engine.
+    fn one(layout: Layout, regime: Regime, lanes: usize) -> Result<Self, Failure> {
+        let (vm, lanes) = Self::vm(layout, regime, lanes as u64)?;
+        Ok(Self { vms: vec![vm], lanes: RefCell::new(lanes), layout })
+    }
+
+    /// `lanes` engines with one vCPU each.
+    fn private(layout: Layout, lanes: usize) -> Result<Self, Failure> {
+        let (mut vms, mut all) = (Vec::new(), Vec::new());
+        for _ in 0..lanes {
+            let (vm, lanes) = Self::vm(layout, Regime::Rcu, 1)?;
+            vms.push(vm);
+            all.extend(lanes);
+        }
+        Ok(Self { vms, lanes: RefCell::new(all), layout })
+    }
+
+    fn vm(layout: Layout, regime: Regime, lanes: u64) -> Result<(Vm, Vec<Lane>), Failure> {
+        // Each lane's data with a page more, then the tables.
+        let stride = MIB + PAGE;
+        let mut memory = Memory::new(lanes * (stride + 16 * PAGE) + MIB, lanes * stride);
+        let shared_root = memory.table();
+        let mut plans = Vec::new();
+        for lane in 0..lanes {
+            let root = if layout == Layout::OwnTables { memory.table() } else { shared_root };
+            let range = if layout == Layout::OwnRange { RANGES + lane * 2 * MIB } else { RANGES };
+            let window = WINDOWS + lane * PAGE;
+            let data = if layout == Layout::OneRange { 0 } else { lane * stride };
+            let table = memory.leaf_table(root, range);
+            memory.map(root, window, table);
+            // A page that stays mapped, so that the table is shadowed from the beginning on.
+            memory.map(root, range + 511 * PAGE, data + MIB);
+            plans.push((root, range, window, data));
+        }
+        let vm = Vm::new(memory.engine(64 + 16 * lanes)?, regime);
+        let mut made = Vec::new();
+        for (root, range, window, data) in plans {
+            let vcpu = vm.mmu().create_vcpu(Arc::new(Brief), regs(root));
+            let vcpu = vcpu.map_err(Failure::in_step("vCPU"))?;
+            let memory = memory.clone();
+            let mut lane = Lane { vcpu, memory, range, window, data, cycles: 0, layout };
+            let outcome = lane.fault(&vm, range + 511 * PAGE)?;
+            check_eq("first fault", outcome, Outcome::Fixed)?;
+            made.push(lane);
+        }
+        Ok((vm, made))
+    }
+
+    /// One sample: every vCPU on a thread of its own, `cycles` times. Nanoseconds for each page
+    /// allocated, touched and freed, and whether the sample was disturbed.
+    fn sample(&self, cycles: u64) -> Result<(f64, bool), Failure> {
+        let mut lanes = self.lanes.borrow_mut();
+        let pages = lanes.len() as u64 * cycles * PAGES;
+        let work = lanes.iter_mut().enumerate().map(|(n, lane)| {
+            let vm = &self.vms[n % self.vms.len()];
+            let run = move || (0..cycles).try_for_each(|_| lane.cycle(vm));
+            Box::new(run) as Work<'_, ()>
+        });
+        let all = together(work.collect())?;
+        Ok((per_operation(all.elapsed, pages), all.disturbed))
+    }
+
+    fn verify(&self) -> Result<(), Failure> {
+        let lanes = self.lanes.borrow();
+        for vm in &self.vms {
+            let audit = vm.mmu().audit().map_err(Failure::in_step("audit"))?;
+            let ranges = match self.layout {
+                Layout::OneRange => 1,
+                _ => (lanes.len() / self.vms.len()) as u64,
+            };
+            // All that is left are the pages that stay mapped.
+            check_eq("shadow entries", audit.sptes, ranges)?;
+        }
+        for lane in lanes.iter().filter(|_| self.layout != Layout::OneRange) {
+            for page in 0..PAGES {
+                let word = lane.memory.word(lane.data + page * PAGE).load(Ordering::Relaxed);
+                check_eq("what was stored", word, lane.cycles + page)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Measures `lanes` vCPUs under each regime beside `private`, and adds a figure for each.
+fn measure(
+    effort: &Effort,
+    layout: Layout,
+    lanes: usize,
+    figures: [(&'static str, &'static str, Option<Goal>); 3],
+    found: &mut Found,
+) -> Result<Samples, Failure> {
+    let effort = &if lanes == 2 { effort.short() } else { *effort };
+    let private = Setup::private(layout, lanes)?;
+    // The total is the same however many vCPUs share it.
+    let passes = {
+        let lane = &mut private.lanes.borrow_mut()[0];
+        calibrate(effort, || lane.cycle(&private.vms[0]))?
+    };
+    let cycles = (2 * passes / lanes as u64).max(1);
+    let mut setups = vec![("private", private)];
+    for regime in Regime::ALL {
+        setups.push((regime.name(), Setup::one(layout, regime, lanes)?));
+    }
+    let variants = setups.iter().map(|(name, setup)| -> Variant<'_> {
+        let run = move |_| match lanes {
+            2 => undisturbed(|| setup.sample(cycles)),
+            // More threads than processors disturb each other.
+            _ => Ok(setup.sample(cycles)?.0),
+        };
+        (*name, Box::new(run))
+    });
+    let samples = interleave(effort, variants.collect())?;
+    for (name, setup) in &setups {
+        setup.verify().map_err(Failure::in_step(name))?;
+    }
+    for ((id, what, goal), regime) in figures.into_iter().zip(Regime::ALL) {
+        let figure = Figure::throughput(id, what, &samples, [regime.name(), "private"])?
+            .detail("threads", json!(lanes))
+            .detail("pages_each", json!(cycles * PAGES));
+        found.figure(goal.map_or(figure.clone(), |goal| figure.goal(goal)));
+    }
+    Ok(samples)
+}
+
+/// F2.
+#[derive(Debug)]
+pub struct Private;
+
+impl Row for Private {
+    fn id(&self) -> &'static str {
+        "F2"
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        &["F2", "F2.rwlock", "F2.mutex"]
+    }
+
+    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        if let Some(outcomes) = needs_two(self.figures()) {
+            return Ok(Found { outcomes, ..found });
+        }
+        let figures = [
+            ("F2", "two vCPUs allocate, touch, free: own tables", Some(Goal::AtLeast(0.95))),
+            ("F2.rwlock", "the same under rwlock", None),
+            ("F2.mutex", "the same under mutex", None),
+        ];
+        let samples = measure(effort, Layout::OwnTables, 2, figures, &mut found)?;
+        found.plots.push(("F2: a page allocated, touched, freed", "ns, both together", samples));
+        Ok(found)
+    }
+}
+
+/// F3.
+#[derive(Debug)]
+pub struct Shared;
+
+impl Row for Shared {
+    fn id(&self) -> &'static str {
+        "F3"
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        &["F3", "F3.rwlock", "F3.mutex"]
+    }
+
+    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        if let Some(outcomes) = needs_two(self.figures()) {
+            return Ok(Found { outcomes, ..found });
+        }
+        let figures = [
+            ("F3", "the same in one address space, own ranges", Some(Goal::AtLeast(0.9))),
+            ("F3.rwlock", "the same under rwlock", None),
+            ("F3.mutex", "the same under mutex", None),
+        ];
+        let samples = measure(effort, Layout::OwnRange, 2, figures, &mut found)?;
+        found.plots.push(("F3: the same, one address space", "ns, both together", samples));
+        Ok(found)
+    }
+}
+
+/// F4.
+#[derive(Debug)]
+pub struct Contended;
+
+impl Row for Contended {
+    fn id(&self) -> &'static str {
+        "F4"
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        &[
+            "F4",
+            "F4.rwlock",
+            "F4.mutex",
+            "F4.v8",
+            "F4.v8.rwlock",
+            "F4.v8.mutex",
+            "F4.v32",
+            "F4.v32.rwlock",
+            "F4.v32.mutex",
+        ]
+    }
+
+    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        if let Some(outcomes) = needs_two(self.figures()) {
+            return Ok(Found { outcomes, ..found });
+        }
+        let figures = [
+            ("F4", "the same, both in one range", None),
+            ("F4.rwlock", "the same under rwlock", None),
+            ("F4.mutex", "the same under mutex", None),
+        ];
+        let samples = measure(effort, Layout::OneRange, 2, figures, &mut found)?;
+        found.plots.push(("F4: the same, one range", "ns, both together", samples));
+        let figures = [
+            ("F4.v8", "8 vCPU threads, own tables", None),
+            ("F4.v8.rwlock", "the same under rwlock", None),
+            ("F4.v8.mutex", "the same under mutex", None),
+        ];
+        measure(effort, Layout::OwnTables, 8, figures, &mut found)?;
+        let figures = [
+            ("F4.v32", "32 vCPU threads, own tables", None),
+            ("F4.v32.rwlock", "the same under rwlock", None),
+            ("F4.v32.mutex", "the same under mutex", None),
+        ];
+        let samples = measure(effort, Layout::OwnTables, 32, figures, &mut found)?;
+        found.plots.push(("F4: 32 vCPU threads", "ns, all together", samples));
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_layout_under_every_regime_ends_clean() {
+        for layout in [Layout::OwnTables, Layout::OwnRange, Layout::OneRange] {
+            for regime in Regime::ALL {
+                let setup = Setup::one(layout, regime, 2).unwrap();
+                setup.sample(2).unwrap();
+                setup.verify().unwrap();
+                let stats = setup.vms[0].mmu().stats();
+                assert!(stats.mmu_pte_write >= 4 * PAGES, "{layout:?} {regime:?} {stats:?}");
+            }
+            let setup = Setup::private(layout, 2).unwrap();
+            setup.sample(1).unwrap();
+            setup.verify().unwrap();
+        }
+    }
+}

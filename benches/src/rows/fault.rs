@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One vCPU's shadow faults: leaf entries are missing, the tables above them are there.
+//!
+//! Between rounds, outside the timed part, the guest's tables are written once more with what they
+//! hold. The shadow cannot know that nothing changed and drops the leaf entries made from them.
+
+use crate::cpu::thread_time;
+use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
+use crate::guest::{MIB, Memory, PAGE, regs};
+use crate::measure::{Effort, Samples, Variant, interleave, per_operation};
+use crate::regime::{Brief, Regime, Vm};
+use mmu_core::addr::{Gpa, Gva};
+use mmu_core::paging::Access;
+use mmu_core::shadow::Outcome;
+use mmu_core::vcpu::{SoftVcpu, Vcpu};
+use serde_json::json;
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// First mapped address.
+const FIRST: u64 = 0x7f00_0000_0000;
+/// Pages that are touched: four tables of the lowest level.
+const PAGES: u64 = 2048;
+
+/// A guest that maps `pages` pages, and its engine.
+struct Guest {
+    memory: Memory,
+    vm: Vm,
+    root: u64,
+    pages: u64,
+    tables: Vec<u64>,
+}
+
+impl Guest {
+    fn new(pages: u64, regime: Regime) -> Result<Self, Failure> {
+        let mut memory = Memory::new(pages * PAGE + 2 * MIB, pages * PAGE);
+        let root = memory.table();
+        let tables =
+            (0..pages / 512).map(|n| memory.leaf_table(root, FIRST + n * 2 * MIB)).collect();
+        for page in 0..pages {
+            memory.map(root, FIRST + page * PAGE, page * PAGE);
+        }
+        let vm = Vm::new(memory.engine(256)?, regime);
+        Ok(Self { memory, vm, root, pages, tables })
+    }
+
+    /// Makes the shadow drop every leaf entry.
+    fn forget(&self) -> Result<(), Failure> {
+        for table in &self.tables {
+            let mut bytes = [0; PAGE as usize];
+            for (n, chunk) in bytes.chunks_exact_mut(8).enumerate() {
+                let word = self.memory.word(table + n as u64 * 8).load(Ordering::Relaxed);
+                chunk.copy_from_slice(&word.to_le_bytes());
+            }
+            let written = self.vm.mmu().write_phys(Gpa(*table), &bytes);
+            check_eq("bytes of a table", written, bytes.len())?;
+        }
+        Ok(())
+    }
+
+    /// A clean audit that counts every page, and as many faults as were made.
+    fn verify(&self, faults: u64) -> Result<(), Failure> {
+        let audit = self.vm.mmu().audit().map_err(Failure::in_step("audit"))?;
+        check_eq("shadow entries", audit.sptes, self.pages)?;
+        check_eq("faults", self.vm.mmu().stats().pf_fixed, faults)
+    }
+}
+
+/// Faults one by one, as a consumer with a processor of its own has them served.
+struct Faulter {
+    guest: Guest,
+    vcpu: RefCell<Vcpu>,
+    faults: RefCell<u64>,
+}
+
+impl Faulter {
+    fn new(pages: u64, regime: Regime) -> Result<Self, Failure> {
+        let guest = Guest::new(pages, regime)?;
+        let vcpu = guest.vm.mmu().create_vcpu(Arc::new(Brief), regs(guest.root));
+        let vcpu = RefCell::new(vcpu.map_err(Failure::in_step("vCPU"))?);
+        let faulter = Self { guest, vcpu, faults: RefCell::new(0) };
+        faulter.all()?;
+        Ok(faulter)
+    }
+
+    /// Faults on every page; how long that took.
+    fn all(&self) -> Result<Duration, Failure> {
+        self.guest.forget()?;
+        let (vcpu, vm) = (&mut *self.vcpu.borrow_mut(), &self.guest.vm);
+        let start = thread_time();
+        for page in 0..self.guest.pages {
+            let gva = Gva(FIRST + page * PAGE);
+            loop {
+                match vm.exclusive(|| vcpu.fault(gva, Access::write().user())) {
+                    Ok(Outcome::Fixed) => break,
+                    Ok(other) => return Err(Failure::new(format!("fault at {gva}: {other:?}"))),
+                    Err(stall) => while vcpu.must_wait(stall) {},
+                }
+            }
+        }
+        *self.faults.borrow_mut() += self.guest.pages;
+        Ok(thread_time().saturating_sub(start))
+    }
+
+    /// One sample: the faults of as many rounds as fill it.
+    fn sample(&self, effort: &Effort) -> Result<f64, Failure> {
+        sample(effort, self.guest.pages, || self.all())
+    }
+
+    fn verify(&self) -> Result<(), Failure> {
+        self.guest.verify(*self.faults.borrow())
+    }
+}
+
+fn sample(
+    effort: &Effort,
+    pages: u64,
+    mut all: impl FnMut() -> Result<Duration, Failure>,
+) -> Result<f64, Failure> {
+    let (mut elapsed, mut faults) = (Duration::ZERO, 0);
+    while elapsed < effort.sample {
+        elapsed += all()?;
+        faults += pages;
+    }
+    Ok(per_operation(elapsed, faults))
+}
+
+/// The software vCPU stores to each page: TLB miss, walk of the shadow, fault, entry, walk, store.
+struct Toucher {
+    guest: Guest,
+    cpu: RefCell<SoftVcpu>,
+    stores: RefCell<u64>,
+}
+
+impl Toucher {
+    fn new() -> Result<Self, Failure> {
+        let guest = Guest::new(PAGES, Regime::Rcu)?;
+        let cpu = guest.vm.mmu().create_soft_vcpu(regs(guest.root));
+        let cpu = RefCell::new(cpu.map_err(Failure::in_step("vCPU"))?);
+        let toucher = Self { guest, cpu, stores: RefCell::new(0) };
+        toucher.all()?;
+        Ok(toucher)
+    }
+
+    fn all(&self) -> Result<Duration, Failure> {
+        self.guest.forget()?;
+        let (cpu, stores) = (&mut *self.cpu.borrow_mut(), &mut *self.stores.borrow_mut());
+        let mut session = cpu.session();
+        let mut touch = |page: u64, value: u64| {
+            let gva = Gva(FIRST + page * PAGE + page % 512 * 8);
+            let stored = session.store(gva, &value.to_le_bytes(), true);
+            stored.map_err(Failure::in_step("store"))
+        };
+        // Not timed: this vCPU learns that everything was dropped.
+        touch(0, *stores)?;
+        let start = thread_time();
+        for page in 1..self.guest.pages {
+            touch(page, *stores + page)?;
+        }
+        let elapsed = thread_time().saturating_sub(start);
+        for page in 0..self.guest.pages {
+            let word = self.guest.memory.word(page * PAGE + page % 512 * 8);
+            check_eq("what was stored", word.load(Ordering::Relaxed), *stores + page)?;
+        }
+        *stores += self.guest.pages;
+        Ok(elapsed)
+    }
+
+    fn sample(&self, effort: &Effort) -> Result<f64, Failure> {
+        sample(effort, self.guest.pages - 1, || self.all())
+    }
+
+    fn verify(&self) -> Result<(), Failure> {
+        self.guest.verify(*self.stores.borrow())
+    }
+}
+
+/// F1.
+#[derive(Debug)]
+pub struct Single;
+
+impl Row for Single {
+    fn id(&self) -> &'static str {
+        "F1"
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        &["F1", "F1.ns", "F1.trip", "F1.x4", "F1.x16"]
+    }
+
+    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        let faulters = [Regime::Rcu, Regime::Mutex].map(|regime| Faulter::new(PAGES, regime));
+        let [rcu, mutex] = faulters;
+        let (rcu, mutex, soft) = (rcu?, mutex?, Toucher::new()?);
+        let larger =
+            [Faulter::new(4 * PAGES, Regime::Rcu)?, Faulter::new(16 * PAGES, Regime::Rcu)?];
+        let variants: Vec<Variant<'_>> = vec![
+            ("rcu", Box::new(|_| rcu.sample(effort))),
+            ("mutex", Box::new(|_| mutex.sample(effort))),
+        ];
+        let samples = interleave(effort, variants)?;
+        let what = "shadow fault of one vCPU, 4K, tables present";
+        found.figure(
+            Figure::cost("F1", what, &samples, ["rcu", "mutex"])?
+                .goal(Goal::AtMost(1.1))
+                .detail("pages", json!(PAGES)),
+        );
+        found.figure(Figure::plain("F1.ns", "the same, absolute", &samples, "rcu", "ns")?);
+        found.plots.push(("F1: a shadow fault", "ns", samples));
+        let variants: Vec<Variant<'_>> = vec![("store", Box::new(|_| soft.sample(effort)))];
+        let trips: Samples = interleave(effort, variants)?;
+        let what = "a store of the software vCPU that faults, in all";
+        found.figure(Figure::plain("F1.trip", what, &trips, "store", "ns")?);
+        let variants: Vec<Variant<'_>> = vec![
+            ("x1", Box::new(|_| rcu.sample(effort))),
+            ("x4", Box::new(|_| larger[0].sample(effort))),
+            ("x16", Box::new(|_| larger[1].sample(effort))),
+        ];
+        let growth = interleave(effort, variants)?;
+        let what = "a fault with 4 times the pages over one with these";
+        found.figure(Figure::cost("F1.x4", what, &growth, ["x4", "x1"])?);
+        let what = "a fault with 16 times the pages";
+        found.figure(Figure::cost("F1.x16", what, &growth, ["x16", "x1"])?);
+        for faulter in [&rcu, &mutex, &larger[0], &larger[1]] {
+            faulter.verify()?;
+        }
+        soft.verify()?;
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_round_faults_on_every_page() {
+        let effort = Effort { pairs: 1, sample: Duration::from_micros(1) };
+        for regime in Regime::ALL {
+            let faulter = Faulter::new(1024, regime).unwrap();
+            faulter.sample(&effort).unwrap();
+            assert_eq!(*faulter.faults.borrow(), 2048);
+            faulter.verify().unwrap();
+        }
+        let soft = Toucher::new().unwrap();
+        soft.sample(&effort).unwrap();
+        soft.verify().unwrap();
+    }
+}

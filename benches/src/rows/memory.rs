@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the engine keeps for what it maps, in bytes of the process's heap.
+//!
+//! Counted is everything that was allocated since before the engine was made, its fixed parts
+//! included, but for guest memory and the memory of the shadow tables, which are made before.
+
+use crate::alloc::live;
+use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
+use crate::guest::{MIB, Memory, PAGE, regs};
+use crate::measure::{Effort, Samples};
+use crate::regime::Brief;
+use mmu_core::addr::{Gpa, Gva};
+use mmu_core::memory::{AllocatedMemory, SlotConfig};
+use mmu_core::paging::Access;
+use mmu_core::shadow::Outcome;
+use mmu_core::{Config, Mmu};
+use serde_json::json;
+use std::sync::Arc;
+
+/// First mapped address.
+const FIRST: u64 = 0x4000_0000;
+
+/// What a guest cost.
+struct Cost {
+    /// All bytes.
+    bytes: u64,
+    /// Those that the engine had before the first fault.
+    fixed: u64,
+    mapped: u64,
+    tables: u64,
+}
+
+/// Maps `pages` pages that lie `stride` apart, and faults on each.
+fn map(pages: u64, stride: u64) -> Result<Cost, Failure> {
+    let span = pages * stride;
+    let data = pages * PAGE;
+    let mut memory = Memory::new(data + (span / 512 / PAGE + 64) * PAGE + 2 * MIB, data);
+    let root = memory.table();
+    for page in 0..pages {
+        memory.map(root, FIRST + page * stride, page * PAGE);
+    }
+    let frames = span.div_ceil(2 * MIB) + span.div_ceil(1 << 30) + 64;
+    let tables = Arc::new(AllocatedMemory::new(frames * PAGE));
+    let start = live();
+    let mmu = Mmu::new(Config::new(tables)).map_err(Failure::in_step("engine"))?;
+    let slot = SlotConfig::new(0, Gpa(0), memory.backing());
+    mmu.create_slot(slot).map_err(Failure::in_step("slot"))?;
+    let vcpu = mmu.create_vcpu(Arc::new(Brief), regs(root));
+    let mut vcpu = vcpu.map_err(Failure::in_step("vCPU"))?;
+    let fixed = live() - start;
+    for page in 0..pages {
+        loop {
+            match vcpu.fault(Gva(FIRST + page * stride), Access::write().user()) {
+                Ok(Outcome::Fixed) => break,
+                Ok(other) => return Err(Failure::new(format!("page {page}: {other:?}"))),
+                Err(stall) => while vcpu.must_wait(stall) {},
+            }
+        }
+    }
+    let bytes = live() - start;
+    let audit = mmu.audit().map_err(Failure::in_step("audit"))?;
+    check_eq("shadow entries", audit.sptes, pages)?;
+    let unsigned = |bytes: i64| u64::try_from(bytes).map_err(Failure::in_step("bytes"));
+    Ok(Cost {
+        bytes: unsigned(bytes)?,
+        fixed: unsigned(fixed)?,
+        mapped: audit.sptes,
+        tables: audit.pages,
+    })
+}
+
+/// M1.
+#[derive(Debug)]
+pub struct Metadata;
+
+impl Row for Metadata {
+    fn id(&self) -> &'static str {
+        "M1"
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        &["M1.page", "M1.table"]
+    }
+
+    fn run(&self, _: &Effort) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        let dense = map(1 << 16, PAGE)?;
+        let samples = Samples::from([("dense", vec![dense.bytes as f64 / dense.mapped as f64])]);
+        let what = "bytes for a page mapped, 512 a table";
+        found.figure(
+            Figure::plain("M1.page", what, &samples, "dense", "bytes")?
+                .goal(Goal::AtMost(20.0))
+                .detail("pages", json!(dense.mapped))
+                .detail("bytes", json!(dense.bytes))
+                .detail("fixed_bytes", json!(dense.fixed)),
+        );
+        let sparse = map(1 << 12, 2 * MIB)?;
+        let samples = Samples::from([("sparse", vec![sparse.bytes as f64 / sparse.tables as f64])]);
+        let what = "bytes for a shadow page beside its table";
+        found.figure(
+            Figure::plain("M1.table", what, &samples, "sparse", "bytes")?
+                .goal(Goal::AtMost(4608.0))
+                .detail("tables", json!(sparse.tables))
+                .detail("bytes", json!(sparse.bytes))
+                .detail("fixed_bytes", json!(sparse.fixed)),
+        );
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_grow_with_pages() {
+        let (few, many) = (map(512, PAGE).unwrap(), map(5120, PAGE).unwrap());
+        assert!(few.fixed > 0 && few.bytes >= few.fixed);
+        assert!(many.bytes > few.bytes + 4608 * 4, "{} {}", many.bytes, few.bytes);
+        assert_eq!((few.mapped, few.tables), (512, 4));
+    }
+}

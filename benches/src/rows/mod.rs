@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The rows of the table, one module for each kind of workload.
+
+mod cycle;
+mod fault;
+mod memory;
+mod publish;
+mod soft;
+mod threads;
+mod walk;
+
+use crate::figure::Row;
+
+/// Every row, in the order of the table.
+pub fn all() -> Vec<Box<dyn Row>> {
+    vec![
+        Box::new(walk::Cached),
+        Box::new(walk::Large),
+        Box::new(walk::Pinned),
+        Box::new(publish::BesideWriter),
+        Box::new(threads::TwoWalkers),
+        Box::new(fault::Single),
+        Box::new(cycle::Private),
+        Box::new(cycle::Shared),
+        Box::new(cycle::Contended),
+        Box::new(soft::TlbHit),
+        Box::new(memory::Metadata),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    #[test]
+    fn ids_are_unique_and_belong_to_their_rows() {
+        let mut seen = HashSet::new();
+        for row in super::all() {
+            for id in row.figures() {
+                assert!(seen.insert(*id), "{id} twice");
+                let rest = id.strip_prefix(row.id()).unwrap();
+                assert!(rest.is_empty() || rest.starts_with('.'), "{id}");
+            }
+        }
+    }
+}
