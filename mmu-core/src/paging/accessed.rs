@@ -10,6 +10,7 @@ use super::descend::{Packed, Reached, half};
 use super::fault::Fault;
 use super::format::Layout;
 use super::mode::PagingMode;
+use super::tables::Live;
 use super::walk::Path;
 use crate::memory::{Hint, MemoryMap};
 use crate::sync::{Ordering, rule};
@@ -34,7 +35,7 @@ impl PagingMode {
         loop {
             path.clear();
             let Reached { mut leaf, sum, level } = self
-                .descend::<L, Path>(map, hint, gva, path)
+                .descend::<L, _, _>(Live { map, hint }, gva, path)
                 .map_err(|m| self.missing(gva, access, m.level, m.reason))?;
             if let Some(fault) = self.refusal(gva, access, level, sum, leaf) {
                 return Err(fault);

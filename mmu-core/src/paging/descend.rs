@@ -9,10 +9,11 @@ use super::bits::*;
 use super::fault::Reason;
 use super::format::{Entry, Layout};
 use super::mode::PagingMode;
+use super::tables::{Live, Source};
 use super::walk::{Path, Step};
 use crate::addr::{Gfn, Gpa, PAGE_SHIFT};
 use crate::memory::{Hint, MemoryMap, View};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::AtomicU64;
 
 /// Whether entries are recorded.
 pub(super) trait Trace {
@@ -123,6 +124,13 @@ pub(super) const LEVEL_AT: u32 = 24;
 impl Packed {
     pub(super) const NONE: Self = Self { gpa: 0, info: 0 };
 
+    /// Without paging the linear address is the physical one, 32 bits wide (SDM 5.1.1).
+    #[inline]
+    pub(super) fn unpaged(gva: u64) -> Self {
+        let place = u64::from(PAGE_SHIFT) << SHIFT_AT | 1 << LEVEL_AT;
+        Self { gpa: gva & 0xffff_ffff, info: P | RW | US | NX | place }
+    }
+
     #[inline(always)]
     pub(super) fn new<L: Layout>(gva: u64, reached: &Reached) -> Self {
         let Reached { leaf, sum, level } = *reached;
@@ -148,7 +156,7 @@ impl PagingMode {
         rule: &Rule,
     ) -> Packed {
         let Some(gva) = self.plain::<L>(gva) else { return Packed::NONE };
-        match self.descend::<L, ()>(map, hint, gva, &mut ()) {
+        match self.descend::<L, _, _>(Live { map, hint }, gva, &mut ()) {
             Ok(reached) if rule.is_met(reached.sum, reached.leaf) => {
                 Packed::new::<L>(gva, &reached)
             }
@@ -156,24 +164,23 @@ impl PagingMode {
         }
     }
 
-    /// Without paging the linear address is the physical one, 32 bits wide (SDM 5.1.1).
+    /// [`Packed::unpaged`] in the shape of the formats' walks.
     pub(super) fn reach_unpaged(&self, _: &MemoryMap, _: &Hint, gva: u64, _: &Rule) -> Packed {
-        let place = u64::from(PAGE_SHIFT) << SHIFT_AT | 1 << LEVEL_AT;
-        Packed { gpa: gva & 0xffff_ffff, info: P | RW | US | NX | place }
+        Packed::unpaged(gva)
     }
 
     /// Reads entries from the root to the leaf, without looking at rights.
     #[inline(always)]
-    pub(super) fn descend<L: Layout, T: Trace>(
+    pub(super) fn descend<L: Layout, S: Source, T: Trace>(
         &self,
-        map: &MemoryMap,
-        hint: &Hint,
+        source: S,
         gva: u64,
         trace: &mut T,
     ) -> Result<Reached, Missing> {
         let mut table = if L::PDPTRS {
-            // SDM 5.4.1: the registers, not memory; they have no rights and no accessed bit.
-            let pdpte = self.pdptrs[(gva >> 30) as usize & 3];
+            // SDM 5.4.1: they have no rights and no accessed bit.
+            let outside = Missing { level: 0, reason: Reason::TableOutside };
+            let pdpte = source.pdpte(self, (gva >> 30) as usize & 3).ok_or(outside)?;
             match self.masks.decode_pdpte(pdpte) {
                 Entry::Table(table) => table.0,
                 Entry::Absent => {
@@ -189,17 +196,13 @@ impl PagingMode {
             Missing { level: if top { 0 } else { level + 1 }, reason: Reason::TableOutside }
         };
         let (mut all, mut any) = (u64::MAX, 0);
-        let mut window = Window::at(map, hint, table).ok_or_else(|| outside(L::LEVELS))?;
+        let mut place = source.start(table).ok_or_else(|| outside(L::LEVELS))?;
         for level in (1..=L::LEVELS).rev() {
-            let index = L::index(gva, level);
-            let cell = window.entry::<L>(map, table, gva, level);
-            let cell = cell.ok_or_else(|| outside(level))?;
-            // Acquire: a table that another vCPU filled before it stored this entry is seen full.
-            let stored = cell.load(Ordering::Acquire);
-            let entry = if L::WIDE { stored } else { half(stored, index) };
+            let entry = source.entry::<L>(&mut place, table, gva, level);
+            let entry = entry.ok_or_else(|| outside(level))?;
             trace.pass(Step {
                 level,
-                entry: Gpa(table + index * if L::WIDE { 8 } else { 4 }),
+                entry: Gpa(table + L::index(gva, level) * if L::WIDE { 8 } else { 4 }),
                 value: entry,
             });
             if level > 1 && entry & self.masks.table == P {

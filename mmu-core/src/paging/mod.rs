@@ -23,6 +23,7 @@ mod format;
 mod mode;
 mod pdptr;
 mod regs;
+mod tables;
 mod walk;
 
 pub use access::{Access, Allowed, Kind, Rights};
@@ -31,4 +32,5 @@ pub use format::Entry;
 pub use mode::PagingMode;
 pub use pdptr::{BadPdptrs, load_pdptrs, pdptrs_changed, read_pdptrs};
 pub use regs::{BadRegisters, Cr3Load, Illegal, Regs};
+pub use tables::Tables;
 pub use walk::{Path, Step, Walk};

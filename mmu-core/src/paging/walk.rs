@@ -7,6 +7,7 @@ use super::descend::{LEVEL_AT, Packed, Reached, SHIFT_AT};
 use super::fault::Fault;
 use super::format::with_layout;
 use super::mode::{PagingMode, rights};
+use super::tables::{Live, Source, Still, Tables};
 use crate::addr::{Gpa, Gva};
 use crate::memory::{Hint, MemoryMap};
 
@@ -169,7 +170,7 @@ impl PagingMode {
         with_layout!(self.format, L => {
             let linear = self.linear::<L>(gva, access)?;
             Ok(self.walk_tracking::<L>(map, hint, linear, access, path)?.into())
-        }, none => Ok(self.reach_unpaged(map, hint, gva.0, &Rule::NONE).into()))
+        }, none => Ok(Packed::unpaged(gva.0).into()))
     }
 
     /// Translates `gva` and touches nothing: for debuggers, introspection and
@@ -220,6 +221,48 @@ impl PagingMode {
         self.translate_slowly(map, hint, gva, access)
     }
 
+    /// As [`translate`](Self::translate), in memory that is no guest's. The PDPTEs of PAE paging
+    /// are read where CR3 says, one at a time and whether or not the others could be loaded.
+    ///
+    /// # Errors
+    ///
+    /// As [`translate`](Self::translate); [`Reason::TableOutside`](super::Reason::TableOutside)
+    /// where an entry is not in `tables`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use mmu_core::addr::{Gpa, Gva};
+    /// use mmu_core::paging::{PagingMode, Reason, Regs, Tables};
+    ///
+    /// /// Entries from address 0 on.
+    /// struct Words([u64; 1024]);
+    ///
+    /// impl Tables for Words {
+    ///     fn entry(&self, gpa: Gpa, size: u64) -> Option<u64> {
+    ///         (size == 8).then(|| self.0.get((gpa.0 / 8) as usize).copied())?
+    ///     }
+    /// }
+    ///
+    /// let mut words = Words([0; 1024]);
+    /// words.0[0] = 0x1003;
+    /// words.0[512] = 0x4000_0083; // a 1 GiB page
+    /// words.0[513] = 0x2003; // beyond the end
+    /// let mode = PagingMode::new(&Regs::long_mode(0))?;
+    /// assert_eq!(mode.translate_in(&words, Gva(0x1234), None)?.gpa, Gpa(0x4000_1234));
+    /// let fault = mode.translate_in(&words, Gva(0x4000_0000), None).unwrap_err();
+    /// assert_eq!((fault.reason, fault.level), (Reason::TableOutside, 3));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn translate_in<T: Tables>(
+        &self,
+        tables: &T,
+        gva: Gva,
+        access: Option<Access>,
+    ) -> Result<Walk, Fault> {
+        self.translate_from(Still(tables), gva, access)
+    }
+
     /// Outside [`walk`](Self::walk) so that its path takes no stack there.
     #[cold]
     #[inline(never)]
@@ -242,15 +285,25 @@ impl PagingMode {
         gva: Gva,
         access: Option<Access>,
     ) -> Result<Walk, Fault> {
+        self.translate_from(Live { map, hint }, gva, access)
+    }
+
+    #[inline]
+    fn translate_from<S: Source>(
+        &self,
+        source: S,
+        gva: Gva,
+        access: Option<Access>,
+    ) -> Result<Walk, Fault> {
         let as_if = access.unwrap_or(Access::read());
         with_layout!(self.format, L => {
             let gva = self.linear::<L>(gva, as_if)?;
-            let reached = self.descend::<L, ()>(map, hint, gva, &mut ());
+            let reached = self.descend::<L, _, _>(source, gva, &mut ());
             let reached = reached.map_err(|m| self.missing(gva, as_if, m.level, m.reason))?;
             let Reached { leaf, sum, level } = reached;
             let fault = access.and_then(|a| self.refusal(gva, a, level, sum, leaf));
             fault.map_or(Ok(Packed::new::<L>(gva, &reached).into()), Err)
-        }, none => Ok(self.reach_unpaged(map, hint, gva.0, &Rule::NONE).into()))
+        }, none => Ok(Packed::unpaged(gva.0).into()))
     }
 }
 

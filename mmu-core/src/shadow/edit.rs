@@ -92,15 +92,20 @@ impl Engine {
                 stats.mmu_pte_write.bump();
                 let first = (at % PAGE_SIZE / 8) as usize;
                 let last = ((page_end - 1) % PAGE_SIZE / 8) as usize;
-                let mut narrowing = self.flush.narrow();
+                // Nothing shared is written where nothing was derived from the entry.
+                let mut narrowing = None;
                 for frame in shadows.to_vec() {
                     let frame = FrameId((frame - 1) as u32);
                     for index in first..=last.min(ENTRIES - 1) {
                         let entry = Location::new(frame, index);
-                        if self.is_reserved(frame, index) {
+                        let spte = self.entry(entry);
+                        if !(spte.is_present() || spte.is_pending())
+                            || self.is_reserved(frame, index)
+                        {
                             continue;
                         }
-                        if self.drop_entry(guard, &mut narrowing, entry, |_| false) {
+                        let narrowing = narrowing.get_or_insert_with(|| self.flush.narrow());
+                        if self.drop_entry(guard, narrowing, entry, |_| false) {
                             stats.mmu_pte_zapped.bump();
                         }
                     }

@@ -73,8 +73,8 @@ enum Retry {
 }
 
 /// The vCPU's side of a fault.
-pub(crate) struct FaultInfo {
-    pub(crate) mode: PagingMode,
+pub(crate) struct FaultInfo<'v> {
+    pub(crate) mode: &'v PagingMode,
     pub(crate) regime: Regime,
     pub(crate) root: FrameId,
     pub(crate) gva: Gva,
@@ -88,7 +88,7 @@ struct Attempt<'a> {
     stats: &'a Stats,
     guard: &'a Guard<'a>,
     map: &'a MemoryMap,
-    info: &'a FaultInfo,
+    info: &'a FaultInfo<'a>,
 }
 
 impl Engine {
@@ -97,7 +97,7 @@ impl Engine {
         &self,
         context: &Context,
         stats: &Stats,
-        info: &FaultInfo,
+        info: &FaultInfo<'_>,
     ) -> Result<Outcome, Stall> {
         let mut guard = context.handle.pin();
         for _ in 0..RESTARTS {
@@ -222,9 +222,16 @@ impl Engine {
             };
             let index = slot.index_of(key.gfn());
             // From here on no fault makes the guest table writable (R2), and guest writes to it
-            // find this page. Before the page is live: whoever tears it down takes this back.
-            slot.state().shadows.get_or_alloc(index).add(u64::from(frame.0) + 1);
+            // find this page. R18: before the page is live, because whoever tears it down takes
+            // this back.
+            let track = || slot.state().shadows.get_or_alloc(index).add(u64::from(frame.0) + 1);
+            if rule!(R18) {
+                track();
+            }
             self.frames.claim(frame, key, slot.machine_of(index));
+            if !rule!(R18) {
+                track();
+            }
         }
         if let Some((index, value)) =
             self.reserved.filter(|_| key.role().level() == crate::addr::LEVELS)

@@ -8,7 +8,7 @@
 mod access;
 mod soft;
 
-pub use access::AccessError;
+pub use access::{AccessError, Walker};
 pub(crate) use soft::SoftProcessor;
 pub use soft::{Session, SoftExit, SoftVcpu};
 
@@ -170,9 +170,10 @@ impl Vcpu {
         self.leave();
         self.faults += 1;
         let user = access.user && !access.implicit;
-        let (mode, regime) = (self.mode, Regime::of(&self.regs, user));
         loop {
-            let Some(root) = self.root(user)? else {
+            let root = self.root(user)?;
+            let mode = &self.mode;
+            let Some(root) = root else {
                 // CR3 points at no memory any more: what the guest's walk makes of that.
                 let guard = self.context.handle.pin();
                 let map = self.engine.memory.load(&guard);
@@ -182,6 +183,7 @@ impl Vcpu {
                     Ok(_) => continue,
                 }
             };
+            let regime = Regime::of(&self.regs, user);
             let info = FaultInfo { mode, regime, root, gva, access };
             return self.engine.fault(&self.context, &self.state.stats, &info);
         }

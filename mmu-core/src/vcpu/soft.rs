@@ -347,6 +347,9 @@ impl Session<'_> {
     fn wait(&mut self, stall: Stall) {
         self.leave();
         let mut backoff = Backoff::default();
+        // Once in any case: a frame may be in another thread's hands although no vCPU has to
+        // acknowledge anything any more.
+        backoff.wait();
         while self.cpu.vcpu.must_wait(stall) {
             backoff.wait();
         }
