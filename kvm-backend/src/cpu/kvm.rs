@@ -161,6 +161,9 @@ impl KvmCpu {
             self.drain()?;
             std::thread::yield_now();
         }
+        // Once in any case: a frame may be in another thread's hands although nobody has to
+        // acknowledge anything any more.
+        std::thread::yield_now();
         Ok(())
     }
 

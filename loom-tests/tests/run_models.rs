@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The package's only test in a build without models: runs them with `cargo loom`.
+//!
+//! So `cargo test --workspace` runs the models too, and `cargo loom` does even if a `RUSTFLAGS` in
+//! the environment took the place of the alias's flags.
+#![cfg(not(loom))]
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+/// Set for the child: a build without models there means that the flags were lost.
+const CHILD: &str = "LOOM_TESTS_CHILD";
+/// Flags of the model build, as in `.cargo/config.toml`.
+const FLAGS: [&str; 4] = ["--cfg", "loom", "--cfg", "crossbeam_loom"];
+
+/// The flags of this build's environment, which the models keep: for instance a sanitizer's.
+fn inherited_flags() -> Vec<String> {
+    let split = |flags: String, at: char| {
+        flags.split(at).filter(|flag| !flag.is_empty()).map(String::from).collect()
+    };
+    match env::var("CARGO_ENCODED_RUSTFLAGS") {
+        Ok(flags) => split(flags, '\u{1f}'),
+        Err(_) => env::var("RUSTFLAGS").map_or(Vec::new(), |flags| split(flags, ' ')),
+    }
+}
+
+/// How many tests passed, by the lines `test result: ok. 3 passed; …`.
+fn passed(output: &str) -> u64 {
+    output
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("test result: ok. ")?.split(' ').next()?.parse::<u64>().ok()
+        })
+        .sum()
+}
+
+#[test]
+fn cargo_loom_runs_the_models() {
+    assert!(
+        env::var_os(CHILD).is_none(),
+        "`cargo loom` was run with the model's flags and built the package without them"
+    );
+    let mut flags = inherited_flags();
+    flags.extend(FLAGS.map(String::from));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    // The encoded flags go before every other source of flags.
+    let output = Command::new(cargo)
+        .arg("loom")
+        .current_dir(root)
+        .env(CHILD, "1")
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_TARGET_DIR")
+        .output()
+        .expect("cargo can be run");
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    println!("{out}");
+    assert!(output.status.success(), "cargo loom: {}\n{err}", output.status);
+    assert!(passed(&out) > 0, "cargo loom ran no model\n{err}");
+}

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guests that write their tables while faults read them: R1, R2, R24.
+#![cfg(loom)]
+
+use loom::thread;
+use loom_tests::{Guest, PAGE, entry, explore, fault, hi, lo, mutant, to};
+use mmu_core::addr::Gpa;
+use mmu_core::paging::{Access, bits};
+use mmu_core::shadow::Outcome;
+
+/// The guest maps an address elsewhere while the first fault on it makes the shadow page of the
+/// table and the entry.
+fn a_write_meets_the_first_entry() {
+    let guest = Guest::new(4, 4);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(2));
+    let mut vcpu = guest.vcpu();
+    // The root's shadow page is not what this is about.
+    let _ = vcpu.fault(hi(0), Access::read());
+    let walker = thread::spawn(move || {
+        fault(&mut vcpu, lo(0), Access::read());
+        vcpu
+    });
+    guest.set(1, 0, to(3));
+    drop(walker.join().unwrap());
+    guest.audit("R02", entry("another page than"));
+}
+
+#[test]
+fn r02_guest_write_meets_the_first_entry() {
+    explore("r02_guest_write_meets_the_first_entry", a_write_meets_the_first_entry);
+}
+
+#[test]
+#[should_panic(expected = "R02:")]
+fn r02_guest_write_meets_the_first_entry_mutant() {
+    mutant("R02", || {
+        explore("r02_guest_write_meets_the_first_entry_mutant", a_write_meets_the_first_entry)
+    });
+}
+
+/// The guest points the root at another table while a fault links the shadow page of the first.
+fn a_write_meets_a_link() {
+    let guest = Guest::new(5, 4);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(2));
+    guest.set(3, 0, to(4));
+    let mut vcpu = guest.vcpu();
+    let _ = vcpu.fault(hi(0), Access::read());
+    let walker = thread::spawn(move || {
+        fault(&mut vcpu, lo(0), Access::read());
+        vcpu
+    });
+    guest.set(0, 0, to(3));
+    drop(walker.join().unwrap());
+    guest.audit("R02", entry("another table"));
+}
+
+#[test]
+fn r02_guest_write_meets_a_link() {
+    explore("r02_guest_write_meets_a_link", a_write_meets_a_link);
+}
+
+#[test]
+#[should_panic(expected = "R02:")]
+fn r02_guest_write_meets_a_link_mutant() {
+    mutant("R02", || explore("r02_guest_write_meets_a_link_mutant", a_write_meets_a_link));
+}
+
+/// One vCPU maps a page writable while another begins to shadow it as a table.
+fn a_writable_entry_meets_a_new_table() {
+    let guest = Guest::new(4, 4);
+    guest.set(0, 0, to(1));
+    guest.set(0, 1, to(2));
+    guest.set(1, 0, to(3));
+    guest.set(2, 0, to(1));
+    let (mut a, mut b) = (guest.vcpu(), guest.vcpu());
+    // The shadow page of the table in page 2 is there already, that of page 1 is not.
+    fault(&mut a, hi(1), Access::read());
+    let _ = b.fault(hi(1), Access::read());
+    let writer = thread::spawn(move || {
+        let outcome = fault(&mut a, hi(0), Access::write());
+        assert!(matches!(outcome, Outcome::Fixed | Outcome::Emulate { .. }));
+        a
+    });
+    fault(&mut b, lo(0), Access::read());
+    drop(writer.join().unwrap());
+    guest.audit("R02", entry("shadowed guest table"));
+}
+
+#[test]
+fn r02_writable_entry_meets_a_new_table() {
+    explore("r02_writable_entry_meets_a_new_table", a_writable_entry_meets_a_new_table);
+}
+
+#[test]
+#[should_panic(expected = "R02:")]
+fn r02_writable_entry_meets_a_new_table_mutant() {
+    mutant("R02", || {
+        explore("r02_writable_entry_meets_a_new_table_mutant", a_writable_entry_meets_a_new_table)
+    });
+}
+
+/// A processor stores to a table that it can still write while a fault begins to shadow the table.
+fn a_processor_writes_a_table() {
+    let guest = Guest::new(5, 4);
+    guest.set(0, 0, to(1));
+    guest.set(0, 1, to(2));
+    guest.set(1, 0, to(3));
+    guest.set(2, 0, to(1));
+    guest.write(Gpa(3 * PAGE), 3);
+    guest.write(Gpa(4 * PAGE), 4);
+    let (mut cpu, mut vcpu) = (guest.soft(), guest.vcpu());
+    cpu.session().store(hi(0), &to(3).to_le_bytes(), false).unwrap();
+    let _ = vcpu.fault(hi(1), Access::read());
+    let processor = thread::spawn(move || {
+        cpu.session().store(hi(0), &to(4).to_le_bytes(), false).unwrap();
+        cpu
+    });
+    fault(&mut vcpu, lo(0), Access::read());
+    let mut cpu = processor.join().unwrap();
+    let seen = cpu.session().load_u64(lo(0), false).unwrap();
+    assert_eq!(seen, 4, "R01: an entry made from what a processor overwrote later");
+    guest.audit_clean();
+}
+
+#[test]
+fn r01_processor_writes_a_table() {
+    explore("r01_processor_writes_a_table", a_processor_writes_a_table);
+}
+
+#[test]
+#[should_panic(expected = "R01:")]
+fn r01_processor_writes_a_table_mutant() {
+    mutant("R01", || explore("r01_processor_writes_a_table_mutant", a_processor_writes_a_table));
+}
+
+/// The guest changes an entry while a walk sets its accessed bit.
+fn a_mark_meets_a_write() {
+    let guest = Guest::new(4, 4);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(2) & !(bits::A | bits::D));
+    let vcpu = guest.vcpu();
+    let walker = thread::spawn(move || {
+        let mut word = [0; 8];
+        vcpu.read(lo(0), &mut word, Access::read()).unwrap();
+        vcpu
+    });
+    let written = to(3) & !bits::A;
+    // Half a word, which is stored by compare-and-swap: loom may order a plain store between the
+    // two halves of a compare-and-swap.
+    guest.mmu.write_phys(Gpa(PAGE), &(written as u32).to_le_bytes());
+    drop(walker.join().unwrap());
+    let now = guest.read(Gpa(PAGE));
+    assert_eq!(now & !bits::A, written, "R24: the guest's own write was overwritten");
+    guest.audit_clean();
+}
+
+#[test]
+fn r24_mark_meets_a_write() {
+    explore("r24_mark_meets_a_write", a_mark_meets_a_write);
+}
+
+#[test]
+#[should_panic(expected = "R24:")]
+fn r24_mark_meets_a_write_mutant() {
+    mutant("R24", || explore("r24_mark_meets_a_write_mutant", a_mark_meets_a_write));
+}
