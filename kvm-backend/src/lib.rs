@@ -4,6 +4,7 @@
 pub mod cpu;
 pub mod emu;
 pub mod guest;
+pub mod image;
 pub mod kvm;
 pub mod regs;
 pub mod session;

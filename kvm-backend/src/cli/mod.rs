@@ -5,6 +5,7 @@
 mod info;
 mod output;
 mod run;
+mod walk;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -23,6 +24,8 @@ struct Cli {
 enum Command {
     /// Run a guest whose page faults the engine serves; verify its memory and audit the shadow.
     Run(run::Args),
+    /// Walk page tables in a memory image.
+    Walk(walk::Args),
     /// What this machine offers.
     Info(info::Args),
 }
@@ -36,9 +39,13 @@ enum Failure {
     Closed,
 }
 
+/// Of standard output. Nobody reading is no failure; a disk that is full is one.
 impl From<std::io::Error> for Failure {
-    fn from(_: std::io::Error) -> Self {
-        Self::Closed
+    fn from(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Self::Closed,
+            _ => Self::Usage(format!("standard output: {error}")),
+        }
     }
 }
 
@@ -47,6 +54,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match cli.command {
         Some(Command::Run(args)) => run::main(&args),
         None => run::main(&cli.run),
+        Some(Command::Walk(args)) => walk::main(&args),
         Some(Command::Info(args)) => info::main(&args),
     };
     match result {
@@ -62,10 +70,14 @@ pub(crate) fn main() -> ExitCode {
 /// A number as the command line takes it: decimal, or hexadecimal with 0x.
 fn number(text: &str) -> Result<u64, String> {
     let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16),
-        _ => text.parse(),
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
     };
-    parsed.map_err(|_| format!("`{text}` is not a number (decimal or 0x-hex)"))
+    // The standard library takes a sign.
+    parsed
+        .ok()
+        .filter(|_| !text.contains('+'))
+        .ok_or_else(|| format!("`{text}` is not a number (decimal or 0x-hex)"))
 }
 
 #[cfg(test)]
@@ -76,7 +88,7 @@ mod tests {
     fn numbers() {
         assert_eq!(number("64"), Ok(64));
         assert_eq!(number("0x40"), Ok(64));
-        for bad in ["", "0x", "-1", "0x+1", "1k", "18446744073709551616"] {
+        for bad in ["", "0x", "-1", "+1", "0x+1", "1k", "18446744073709551616"] {
             assert!(number(bad).is_err(), "{bad}");
         }
     }
