@@ -6,7 +6,7 @@ use crate::emu::{Bus, Exception, MAX_INSN, Stop};
 use mmu_core::Mmu;
 use mmu_core::addr::{Gpa, Gva, PAGE_SIZE};
 use mmu_core::paging::{Access, Regs as ControlRegs};
-use mmu_core::vcpu::{AccessError, Session, SoftExit, Vcpu, VcpuError};
+use mmu_core::vcpu::{AccessError, Session, SoftExit, Vcpu};
 
 /// What stops an instruction from outside.
 #[derive(Debug)]
@@ -20,137 +20,175 @@ pub(super) enum Halted {
     Load(ControlRegs),
 }
 
-/// Bytes of a fetch at `gva` that lie in its page.
-fn in_page(gva: u64) -> usize {
-    MAX_INSN.min((PAGE_SIZE - gva % PAGE_SIZE) as usize)
+/// Why memory did not answer.
+pub(super) enum Miss {
+    /// Perhaps a device does.
+    NoMemory(Gpa),
+    Halted(Halted),
 }
 
-fn exchange_args(old: u128, new: u128) -> (u64, u64) {
-    (old as u64, new as u64)
-}
-
-/// Single instructions for a vCPU that the processor runs.
-pub(super) struct TrapBus<'a> {
-    pub(super) mmu: &'a Mmu,
-    pub(super) vcpu: &'a mut Vcpu,
-}
-
-impl TrapBus<'_> {
-    fn device(&self, error: AccessError, access: impl FnOnce(Gpa) -> bool) -> Result<(), Halted> {
-        Err(Halted::Crash(match error {
+impl From<AccessError> for Miss {
+    fn from(error: AccessError) -> Self {
+        Self::Halted(Halted::Crash(match error {
             AccessError::Fault(fault) => Crash::Fault(fault),
             AccessError::Unsupported { gva, size } => Crash::Locked { gva, size },
-            AccessError::Mmio { gpa, .. } if access(gpa) => return Ok(()),
-            AccessError::Mmio { gpa, .. } => Crash::NoDevice(gpa),
+            AccessError::Mmio { gpa, .. } => return Self::NoMemory(gpa),
         }))
     }
 }
 
-impl Bus for TrapBus<'_> {
-    type Stop = Halted;
+impl From<SoftExit> for Miss {
+    fn from(exit: SoftExit) -> Self {
+        Self::Halted(Halted::Crash(match exit {
+            SoftExit::Requested => return Self::Halted(Halted::Requested),
+            SoftExit::Fault(fault) => Crash::Fault(fault),
+            SoftExit::Reserved(gva) => Crash::Reserved(gva),
+            SoftExit::Unsupported { gva, size } => Crash::Locked { gva, size },
+            SoftExit::Mmio(gpa) => return Self::NoMemory(gpa),
+        }))
+    }
+}
 
-    fn fetch(&mut self, gva: u64, buf: &mut [u8; MAX_INSN]) -> Result<usize, Halted> {
-        let len = in_page(gva);
-        match self.vcpu.read(Gva(gva), &mut buf[..len], Access::execute().user()) {
-            Ok(()) => Ok(len),
-            Err(error) => self.device(error, |_| false).map(|()| 0),
+impl Miss {
+    /// The access without memory goes to `device`.
+    fn or(self, device: impl FnOnce(Gpa) -> bool) -> Result<(), Halted> {
+        match self {
+            Self::NoMemory(gpa) if device(gpa) => Ok(()),
+            Self::NoMemory(gpa) => Err(Halted::Crash(Crash::NoDevice(gpa))),
+            Self::Halted(halted) => Err(halted),
         }
     }
+}
 
-    fn read(&mut self, gva: u64, buf: &mut [u8]) -> Result<(), Halted> {
-        match self.vcpu.read(Gva(gva), buf, Access::read().user()) {
-            Ok(()) => Ok(()),
-            Err(error) => self.device(error, |gpa| self.mmu.bus().read(gpa, buf)),
-        }
+/// One way to a vCPU's memory and registers.
+pub(super) trait Memory {
+    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), Miss>;
+    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<(), Miss>;
+    fn cmpxchg(
+        &mut self,
+        gva: Gva,
+        size: usize,
+        old: u64,
+        new: u64,
+    ) -> Result<Result<(), u64>, Miss>;
+    fn regs(&self) -> &ControlRegs;
+    fn load(&mut self, regs: ControlRegs) -> Result<(), Stop<Halted>>;
+    fn invalidate(&mut self, gva: Option<Gva>);
+}
+
+/// Through the guest's own tables: single instructions for a vCPU that the processor runs. What the
+/// guest changed before an invalidation is in the flush log, and drained before it runs again.
+impl Memory for &mut Vcpu {
+    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), Miss> {
+        Ok(Vcpu::read(self, gva, buf, access)?)
     }
 
-    fn read_for_write(&mut self, gva: u64, buf: &mut [u8]) -> Result<(), Halted> {
-        match self.vcpu.read(Gva(gva), buf, Access::write().user()) {
-            Ok(()) => Ok(()),
-            Err(error) => self.device(error, |gpa| self.mmu.bus().read(gpa, buf)),
-        }
-    }
-
-    fn write(&mut self, gva: u64, bytes: &[u8]) -> Result<(), Halted> {
-        match self.vcpu.write(Gva(gva), bytes, true) {
-            Ok(()) => Ok(()),
-            Err(error) => self.device(error, |gpa| self.mmu.bus().write(gpa, bytes)),
-        }
+    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<(), Miss> {
+        Ok(Vcpu::write(self, gva, bytes, true)?)
     }
 
     fn cmpxchg(
         &mut self,
-        gva: u64,
-        old: u128,
-        new: u128,
+        gva: Gva,
         size: usize,
-    ) -> Result<Result<(), u128>, Halted> {
-        let (old, new) = exchange_args(old, new);
-        match self.vcpu.cmpxchg(Gva(gva), size, old, new, true) {
-            Ok(result) => Ok(result.map_err(u128::from)),
-            Err(error) => self.device(error, |_| false).map(Ok),
-        }
+        old: u64,
+        new: u64,
+    ) -> Result<Result<(), u64>, Miss> {
+        Ok(Vcpu::cmpxchg(self, gva, size, old, new, true)?)
     }
 
-    fn read_cr(&mut self, n: u8) -> Result<u64, Stop<Halted>> {
-        read_cr(self.vcpu.regs(), n)
+    fn regs(&self) -> &ControlRegs {
+        Vcpu::regs(self)
     }
 
-    fn write_cr(&mut self, n: u8, value: u64) -> Result<(), Stop<Halted>> {
-        if let Some(regs) = write_cr(self.vcpu.regs(), n, value)? {
-            self.vcpu.set_regs(regs).map_err(|error| refused(&error))?;
-        }
-        Ok(())
+    fn load(&mut self, regs: ControlRegs) -> Result<(), Stop<Halted>> {
+        // Registers that the engine refuses are #GP(0) for the guest (SDM vol. 2, MOV to CR).
+        Ok(self.set_regs(regs).map_err(|_| Exception::gp(0))?)
     }
 
-    fn invlpg(&mut self, _gva: u64) -> Result<(), Stop<Halted>> {
-        // What the guest changed before is in the flush log, and drained before it runs again.
-        Ok(())
-    }
+    fn invalidate(&mut self, _gva: Option<Gva>) {}
 }
 
-/// Whole programs for a software vCPU.
-pub(super) struct SoftBus<'a> {
-    pub(super) mmu: &'a Mmu,
+/// Through the shadow: whole programs for a software vCPU.
+pub(super) struct Inside<'a> {
     pub(super) session: Session<'a>,
     pub(super) regs: ControlRegs,
 }
 
-impl SoftBus<'_> {
-    fn device(&self, exit: SoftExit, access: impl FnOnce(Gpa) -> bool) -> Result<(), Halted> {
-        Err(Halted::Crash(match exit {
-            SoftExit::Requested => return Err(Halted::Requested),
-            SoftExit::Fault(fault) => Crash::Fault(fault),
-            SoftExit::Reserved(gva) => Crash::Reserved(gva),
-            SoftExit::Unsupported { gva, size } => Crash::Locked { gva, size },
-            SoftExit::Mmio(gpa) if access(gpa) => return Ok(()),
-            SoftExit::Mmio(gpa) => Crash::NoDevice(gpa),
-        }))
+impl Memory for Inside<'_> {
+    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), Miss> {
+        Ok(self.session.read(gva, buf, access)?)
+    }
+
+    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<(), Miss> {
+        Ok(self.session.store(gva, bytes, true)?)
+    }
+
+    fn cmpxchg(
+        &mut self,
+        gva: Gva,
+        size: usize,
+        old: u64,
+        new: u64,
+    ) -> Result<Result<(), u64>, Miss> {
+        Ok(self.session.cmpxchg(gva, size, old, new, true)?)
+    }
+
+    fn regs(&self) -> &ControlRegs {
+        &self.regs
+    }
+
+    fn load(&mut self, regs: ControlRegs) -> Result<(), Stop<Halted>> {
+        Err(Stop::Bus(Halted::Load(regs)))
+    }
+
+    fn invalidate(&mut self, gva: Option<Gva>) {
+        match gva {
+            Some(gva) => self.session.invlpg(gva),
+            // What was changed before takes effect when the vCPU drains, on its way back in.
+            None => self.session.leave(),
+        }
     }
 }
 
-impl Bus for SoftBus<'_> {
+/// Memory, then devices. All accesses are the user's: guests run deprivileged.
+pub(super) struct GuestBus<'a, M> {
+    pub(super) mmu: &'a Mmu,
+    pub(super) memory: M,
+}
+
+impl<M: Memory> GuestBus<'_, M> {
+    fn read_for(&mut self, gva: u64, buf: &mut [u8], access: Access) -> Result<(), Halted> {
+        match self.memory.read(Gva(gva), buf, access.user()) {
+            Ok(()) => Ok(()),
+            Err(miss) => miss.or(|gpa| self.mmu.bus().read(gpa, buf)),
+        }
+    }
+}
+
+impl<M: Memory> Bus for GuestBus<'_, M> {
     type Stop = Halted;
 
     fn fetch(&mut self, gva: u64, buf: &mut [u8; MAX_INSN]) -> Result<usize, Halted> {
-        let len = in_page(gva);
-        match self.session.fetch(Gva(gva), &mut buf[..len], true) {
+        let len = MAX_INSN.min((PAGE_SIZE - gva % PAGE_SIZE) as usize);
+        match self.memory.read(Gva(gva), &mut buf[..len], Access::execute().user()) {
             Ok(()) => Ok(len),
-            Err(exit) => self.device(exit, |_| false).map(|()| 0),
+            Err(miss) => miss.or(|_| false).map(|()| 0),
         }
     }
 
     fn read(&mut self, gva: u64, buf: &mut [u8]) -> Result<(), Halted> {
-        match self.session.load(Gva(gva), buf, true) {
-            Ok(()) => Ok(()),
-            Err(exit) => self.device(exit, |gpa| self.mmu.bus().read(gpa, buf)),
-        }
+        self.read_for(gva, buf, Access::read())
+    }
+
+    fn read_for_write(&mut self, gva: u64, buf: &mut [u8]) -> Result<(), Halted> {
+        self.read_for(gva, buf, Access::write())
     }
 
     fn write(&mut self, gva: u64, bytes: &[u8]) -> Result<(), Halted> {
-        match self.session.store(Gva(gva), bytes, true) {
+        match self.memory.write(Gva(gva), bytes) {
             Ok(()) => Ok(()),
-            Err(exit) => self.device(exit, |gpa| self.mmu.bus().write(gpa, bytes)),
+            Err(miss) => miss.or(|gpa| self.mmu.bus().write(gpa, bytes)),
         }
     }
 
@@ -161,53 +199,37 @@ impl Bus for SoftBus<'_> {
         new: u128,
         size: usize,
     ) -> Result<Result<(), u128>, Halted> {
-        let (old, new) = exchange_args(old, new);
-        match self.session.cmpxchg(Gva(gva), size, old, new, true) {
+        match self.memory.cmpxchg(Gva(gva), size, old as u64, new as u64) {
             Ok(result) => Ok(result.map_err(u128::from)),
-            Err(exit) => self.device(exit, |_| false).map(Ok),
+            Err(miss) => miss.or(|_| false).map(Ok),
         }
     }
 
     fn read_cr(&mut self, n: u8) -> Result<u64, Stop<Halted>> {
-        read_cr(&self.regs, n)
-    }
-
-    fn write_cr(&mut self, n: u8, value: u64) -> Result<(), Stop<Halted>> {
-        match write_cr(&self.regs, n, value)? {
-            Some(regs) => Err(Stop::Bus(Halted::Load(regs))),
-            None => {
-                // A load of the same value still flushes: what was changed before takes effect.
-                self.session.leave();
-                Ok(())
-            }
+        let regs = self.memory.regs();
+        match n {
+            0 => Ok(regs.cr0),
+            3 => Ok(regs.cr3),
+            4 => Ok(regs.cr4),
+            _ => Err(Exception::gp(0).into()),
         }
     }
 
-    fn invlpg(&mut self, gva: u64) -> Result<(), Stop<Halted>> {
-        self.session.invlpg(Gva(gva));
+    /// CR3 alone: a guest that is all user mode has no business with the others.
+    fn write_cr(&mut self, n: u8, value: u64) -> Result<(), Stop<Halted>> {
+        if n != 3 {
+            return Err(Exception::gp(0).into());
+        }
+        let regs = *self.memory.regs();
+        if regs.cr3 != value {
+            self.memory.load(ControlRegs { cr3: value, ..regs })?;
+        }
+        self.memory.invalidate(None);
         Ok(())
     }
-}
 
-fn read_cr(regs: &ControlRegs, n: u8) -> Result<u64, Stop<Halted>> {
-    match n {
-        0 => Ok(regs.cr0),
-        3 => Ok(regs.cr3),
-        4 => Ok(regs.cr4),
-        _ => Err(Exception::gp(0).into()),
+    fn invlpg(&mut self, gva: u64) -> Result<(), Stop<Halted>> {
+        self.memory.invalidate(Some(Gva(gva)));
+        Ok(())
     }
-}
-
-/// The registers after a load of CR3; `None` if nothing changes. The other control registers
-/// cannot be changed by a guest that is all user mode.
-fn write_cr(regs: &ControlRegs, n: u8, value: u64) -> Result<Option<ControlRegs>, Stop<Halted>> {
-    match n {
-        3 => Ok((regs.cr3 != value).then_some(ControlRegs { cr3: value, ..*regs })),
-        _ => Err(Exception::gp(0).into()),
-    }
-}
-
-/// What the guest sees of registers that were refused: #GP(0) (SDM vol. 2, MOV to CR).
-pub(super) fn refused(_error: &VcpuError) -> Exception {
-    Exception::gp(0)
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A real vCPU: its page faults are what the engine serves.
 
-use super::bus::{Halted, TrapBus};
+use super::bus::{GuestBus, Halted};
 use super::{Cpu, Crash, Event, Watch};
 use crate::emu::{self, DecodeCache, Stop};
 use crate::kvm::{Downgrade, Exit, Kicker, KvmError, KvmVcpu};
@@ -127,7 +127,7 @@ impl KvmCpu {
     /// Executes one instruction on the guest's behalf.
     fn emulate(&mut self) -> Result<emu::Event, Crash> {
         let mut regs = self.kvm.regs();
-        let mut bus = TrapBus { mmu: &self.mmu, vcpu: &mut self.vcpu };
+        let mut bus = GuestBus { mmu: &self.mmu, memory: &mut self.vcpu };
         let event = emu::step(&mut regs, &mut bus, &mut self.cache);
         self.kvm.set_regs(&regs);
         event.map_err(|stop| match stop {

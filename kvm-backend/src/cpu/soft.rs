@@ -2,9 +2,9 @@
 //! A software vCPU: the emulator executes the guest's instructions, and every access goes through
 //! the engine's shadow tables.
 
-use super::bus::{Halted, SoftBus, refused};
+use super::bus::{GuestBus, Halted, Inside};
 use super::{Cpu, Crash, Event, Watch};
-use crate::emu::{self, DecodeCache, Stop};
+use crate::emu::{self, DecodeCache, Exception, Stop};
 use crate::regs::Regs;
 use mmu_core::Mmu;
 use mmu_core::paging::Regs as ControlRegs;
@@ -55,7 +55,8 @@ impl Cpu for SoftCpu {
     fn run(&mut self) -> Event {
         loop {
             let regs = *self.soft.vcpu().regs();
-            let mut bus = SoftBus { mmu: &self.mmu, session: self.soft.session(), regs };
+            let memory = Inside { session: self.soft.session(), regs };
+            let mut bus = GuestBus { mmu: &self.mmu, memory };
             let mut budget = SLICE;
             let event = emu::run(&mut self.regs, &mut bus, &mut self.cache, &mut budget);
             drop(bus);
@@ -72,8 +73,9 @@ impl Cpu for SoftCpu {
                 Err(Stop::Bus(Halted::Crash(crash))) => return Event::Crash(crash),
                 Err(Stop::Bus(Halted::Requested)) => return Event::Stopped,
                 Err(Stop::Bus(Halted::Load(regs))) => {
-                    if let Err(error) = self.soft.vcpu_mut().set_regs(regs) {
-                        return Event::Crash(Crash::Exception(refused(&error)));
+                    if self.soft.vcpu_mut().set_regs(regs).is_err() {
+                        // As on a processor (SDM vol. 2, MOV to CR).
+                        return Event::Crash(Crash::Exception(Exception::gp(0)));
                     }
                 }
             }

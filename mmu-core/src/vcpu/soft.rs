@@ -145,8 +145,7 @@ impl Session<'_> {
     ///
     /// [`SoftExit`]; nothing has been read then.
     pub fn load(&mut self, gva: Gva, buf: &mut [u8], user: bool) -> Result<(), SoftExit> {
-        let access = Access { user, ..Access::read() };
-        self.copy_out(gva, buf, access)
+        self.read(gva, buf, Access { user, ..Access::read() })
     }
 
     /// Reads instruction bytes.
@@ -155,8 +154,7 @@ impl Session<'_> {
     ///
     /// [`SoftExit`]; nothing has been read then.
     pub fn fetch(&mut self, gva: Gva, buf: &mut [u8], user: bool) -> Result<(), SoftExit> {
-        let access = Access { user, ..Access::execute() };
-        self.copy_out(gva, buf, access)
+        self.read(gva, buf, Access { user, ..Access::execute() })
     }
 
     /// Reads an aligned 8-byte word; rounds the address down.
@@ -247,7 +245,13 @@ impl Session<'_> {
         }
     }
 
-    fn copy_out(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), SoftExit> {
+    /// Reads guest-virtual memory as part of any kind of access: the first half of a
+    /// read-modify-write needs the right to write, and its fault is a write's.
+    ///
+    /// # Errors
+    ///
+    /// [`SoftExit`]; nothing has been read then.
+    pub fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), SoftExit> {
         let last = gva.wrapping_add(buf.len().saturating_sub(1) as u64);
         if gva.page() != last.page() {
             self.touch(last, access)?;
