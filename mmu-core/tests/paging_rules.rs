@@ -158,11 +158,25 @@ fn c3_reserved_bits() {
         guest.set(level, table);
     }
     // A processor without 1 GiB pages.
+    let table = guest.get(3);
     guest.set(3, ALL | PS);
     let mode = guest.mode().without_1g_pages();
     let fault = mode.translate(&guest.map, &Hint::default(), Gva(GVA), None).unwrap_err();
     assert_eq!((fault.reason, fault.level), (Reason::Reserved, 3));
     assert_eq!(mode.decode(ALL | PS, 3), Entry::Reserved);
+    // Bit 8 where there is no page: reserved by AMD in the uppermost levels, otherwise ignored.
+    guest.set(3, table);
+    for level in 2..=4 {
+        let good = guest.get(level);
+        guest.set(level, good | 0x100);
+        let translate =
+            |mode: PagingMode| mode.translate(&guest.map, &Hint::default(), Gva(GVA), None);
+        assert!(translate(guest.mode()).is_ok());
+        let amd = translate(guest.mode().with_amd_reserved_bits());
+        let refused = amd.map_err(|f| (f.reason, f.error_code, f.level)).err();
+        assert_eq!(refused, (level == 4).then_some((Reason::Reserved, 9, 4)));
+        guest.set(level, good);
+    }
 }
 
 #[test]

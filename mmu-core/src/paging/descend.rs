@@ -205,7 +205,7 @@ impl PagingMode {
                 entry: Gpa(table + L::index(gva, level) * if L::WIDE { 8 } else { 4 }),
                 value: entry,
             });
-            if level > 1 && entry & self.masks.table == P {
+            if level > 1 && entry & self.masks.table_at(level) == P {
                 all &= entry;
                 any |= entry;
                 table = entry & ADDR;

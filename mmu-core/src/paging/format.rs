@@ -133,8 +133,10 @@ pub(super) use with_layout;
 /// The masks of a format with its reserved bits, which depend on MAXPHYADDR, EFER.NXE and CR4.PSE.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Masks {
-    /// Above the lowest level, an entry with `entry & table == P` refers to a table.
+    /// At levels 2 and 3, an entry with `entry & table == P` refers to a table.
     pub(super) table: u64,
+    /// The same at levels 4 and 5.
+    pub(super) top_table: u64,
     /// At the lowest level, an entry with `entry & page == P` maps a page.
     pub(super) page: u64,
     /// The bit that makes an entry above the lowest level a leaf: PS, or none in 32-bit paging
@@ -195,6 +197,7 @@ impl Masks {
         };
         Self {
             table: P | always | large_bit,
+            top_table: P | always | large_bit,
             page: P | always,
             large_bit,
             large_reserved: large_reserved.map(|bits| bits | always),
@@ -208,6 +211,18 @@ impl Masks {
         self
     }
 
+    /// The same for an AMD processor, where bit 8 of a PML4E or PML5E must be 0.
+    pub(super) fn on_amd(mut self) -> Self {
+        self.top_table |= G;
+        self
+    }
+
+    /// The mask of tables' entries of this level.
+    #[inline(always)]
+    pub(super) fn table_at(&self, level: u8) -> u64 {
+        if level >= 4 { self.top_table } else { self.table }
+    }
+
     /// What an entry of this level (1 to the format's levels in memory) says.
     #[inline]
     pub(super) fn decode<L: Layout>(&self, entry: u64, level: u8) -> Entry {
@@ -219,7 +234,7 @@ impl Masks {
             } else {
                 Entry::Reserved
             }
-        } else if entry & self.table == P {
+        } else if entry & self.table_at(level) == P {
             Entry::Table(Gpa(entry & ADDR))
         } else if entry & self.large_bit == 0
             || entry & self.large_reserved[usize::from(level - 2) % 4] != 0

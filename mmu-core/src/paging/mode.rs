@@ -98,6 +98,14 @@ impl PagingMode {
         Self { masks: self.masks.without_1g(), ..self }
     }
 
+    /// The same on an AMD processor: bit 8 of a PML4E and of a PML5E, which Intel's ignore (SDM
+    /// 5.5.4), must be 0 (APM 5.3.3). Bit 8 of a PDPTE or PDE that refers to a table is ignored by
+    /// both.
+    #[must_use]
+    pub fn with_amd_reserved_bits(self) -> Self {
+        Self { masks: self.masks.on_amd(), ..self }
+    }
+
     /// Whether linear addresses are translated at all.
     #[must_use]
     pub fn is_paging(&self) -> bool {
