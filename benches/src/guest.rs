@@ -32,12 +32,19 @@ pub fn xorshift(mut x: u64) -> u64 {
 pub struct Memory {
     backing: Arc<AllocatedMemory>,
     next: u64,
+    /// Pages for tables that are taken first, the last of them foremost.
+    places: Vec<u64>,
 }
 
 impl Memory {
     /// `size` bytes, with tables from `tables` on.
     pub fn new(size: u64, tables: u64) -> Self {
-        Self { backing: Arc::new(AllocatedMemory::new(size)), next: tables }
+        Self { backing: Arc::new(AllocatedMemory::new(size)), next: tables, places: Vec::new() }
+    }
+
+    /// `size` bytes, with tables at `places`.
+    pub fn scattered(size: u64, places: Vec<u64>) -> Self {
+        Self { places, ..Self::new(size, size) }
     }
 
     /// The memory itself.
@@ -57,6 +64,9 @@ impl Memory {
 
     /// An empty table.
     pub fn table(&mut self) -> u64 {
+        if let Some(place) = self.places.pop() {
+            return place;
+        }
         let table = self.next;
         self.next += PAGE;
         table

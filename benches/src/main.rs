@@ -174,7 +174,7 @@ mod tests {
     #[test]
     fn rows_are_chosen_by_row_or_figure() {
         assert_eq!(ids(&["W2"]).unwrap(), [["W2", "W2.stream"]]);
-        assert_eq!(ids(&["W6.p999", "W3"]).unwrap(), [["W3"], ["W6.p999"]]);
+        assert_eq!(ids(&["W6.p999", "W7.mutex"]).unwrap(), [["W6.p999"], ["W7.mutex"]]);
         let message = ids(&["W1", "W99"]).unwrap_err();
         assert!(message.starts_with("--only W99: no such row") && message.contains("W1 W2"));
         assert!(ids(&[""]).is_err());

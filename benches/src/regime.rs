@@ -3,7 +3,7 @@
 //!
 //! | regime | a walk | a fault, an emulated write | a change of the memory map |
 //! | --- | --- | --- | --- |
-//! | `rcu` | pins and loads the published map | as the engine does it | as the engine does it |
+//! | `rcu` | is in a read section and loads the published map | as the engine does it | as the engine does it |
 //! | `rwlock` | holds the lock for reading | holds it for writing | holds it for writing |
 //! | `mutex` | holds the lock | holds the lock | holds the lock |
 //!
@@ -19,7 +19,7 @@ use mmu_core::addr::Gva;
 use mmu_core::memory::{Hint, MemoryMap};
 use mmu_core::paging::{Access, Fault, PagingMode, Walk};
 use mmu_core::shadow::Processor;
-use mmu_core::vcpu::Vcpu;
+use mmu_core::vcpu::{self, Vcpu};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// Who excludes whom.
@@ -149,15 +149,52 @@ impl Walker {
         Ok(Self { vcpu, mode, hint: Hint::default() })
     }
 
+    /// Many walks. What each of them costs in shared memory depends on the regime.
+    pub fn session<'w>(&'w self, vm: &'w Vm) -> Session<'w> {
+        match vm.gate {
+            Gate::Rcu => Session::Open(self.vcpu.walker()),
+            _ => self.single(vm),
+        }
+    }
+
+    /// Many walks, each protected by itself.
+    pub fn single<'w>(&'w self, vm: &'w Vm) -> Session<'w> {
+        Session::Single { walker: self, vm }
+    }
+
     /// One walk, protected by itself.
     #[inline(always)]
     pub fn walk(&self, vm: &Vm, gva: u64) -> Result<Walk, Fault> {
-        let under =
-            |map: &MemoryMap| self.mode.translate(map, &self.hint, Gva(gva), Some(Self::ACCESS));
+        let under = |map: &MemoryMap| self.mode.walk(map, &self.hint, Gva(gva), Self::ACCESS);
         match &vm.gate {
             Gate::Rcu => self.vcpu.translate(Gva(gva), Some(Self::ACCESS)),
             Gate::Rwlock(lock) => under(&lock.read().unwrap_or_else(PoisonError::into_inner)),
             Gate::Mutex(lock) => under(&lock.lock().unwrap_or_else(PoisonError::into_inner)),
+        }
+    }
+}
+
+/// Walks one after the other, each protected from changes.
+#[derive(Debug)]
+pub enum Session<'w> {
+    /// One read section that goes on from walk to walk, and looks at each for a newer map.
+    Open(vcpu::Walker<'w>),
+    /// Each walk pins, or takes the lock.
+    Single {
+        /// Who walks.
+        walker: &'w Walker,
+        /// Whose lock.
+        vm: &'w Vm,
+    },
+}
+
+impl Session<'_> {
+    /// The next walk.
+    #[inline(always)]
+    pub fn walk(&mut self, gva: u64) -> Result<Walk, Fault> {
+        match self {
+            Self::Open(open) => open.walk(Gva(gva), Walker::ACCESS),
+            Self::Single { walker, vm } => walker.walk(vm, gva),
         }
     }
 }

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The rows of the table, one module for each kind of workload.
 
+mod change;
+mod crowd;
 mod cycle;
+mod dirty;
 mod fault;
+mod kvm;
 mod memory;
 mod publish;
+mod slots;
 mod soft;
 mod threads;
 mod walk;
@@ -17,13 +22,19 @@ pub fn all() -> Vec<Box<dyn Row>> {
         Box::new(walk::Cached),
         Box::new(walk::Large),
         Box::new(walk::Pinned),
+        Box::new(walk::Batch),
+        Box::new(kvm::Translate),
         Box::new(publish::BesideWriter),
         Box::new(threads::TwoWalkers),
+        Box::new(slots::ManySlots),
+        Box::new(crowd::Crowded),
         Box::new(fault::Single),
         Box::new(cycle::Private),
         Box::new(cycle::Shared),
         Box::new(cycle::Contended),
         Box::new(soft::TlbHit),
+        Box::new(change::Slots),
+        Box::new(dirty::Harvest),
         Box::new(memory::Metadata),
     ]
 }

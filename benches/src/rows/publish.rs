@@ -5,9 +5,9 @@ use super::walk::{Tables, chained};
 use crate::cpu::{tick_ns, ticks, together};
 use crate::figure::{Failure, Figure, Found, Goal, Row};
 use crate::measure::{Effort, Variant, interleave, per_operation, undisturbed};
-use crate::regime::{Regime, Vm, Walker};
+use crate::regime::{Regime, Session, Vm, Walker};
 use crate::stats::{Histogram, median};
-use mmu_core::addr::Gpa;
+use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{AllocatedMemory, SlotConfig, SlotId};
 use serde_json::json;
 use std::cell::{Cell, RefCell};
@@ -21,41 +21,43 @@ const BASE: Gpa = Gpa(1 << 40);
 /// Two engines under one regime: the walker's, and one that changes elsewhere.
 struct Pair {
     regime: Regime,
+    /// Each walk pins by itself.
+    pin: bool,
     own: Vm,
     other: Vm,
     walker: RefCell<Walker>,
-    gvas: Vec<u64>,
-    /// Changes made while somebody walked.
+    gvas: Vec<Gva>,
+    /// Changes of the walker's engine while it walked, and the time of that.
     changes: Cell<u64>,
     seconds: Cell<f64>,
 }
 
 impl Pair {
-    fn new(regime: Regime) -> Result<Self, Failure> {
+    fn new(regime: Regime, pin: bool) -> Result<Self, Failure> {
         let tables = Tables::new(4);
         let own = Vm::new(tables.memory.engine(64)?, regime);
         let other = Vm::new(Tables::new(4).memory.engine(64)?, regime);
         let walker = RefCell::new(Walker::new(&own, tables.root)?);
         let gvas = tables.addresses(512, 1);
         let (changes, seconds) = (Cell::new(0), Cell::new(0.0));
-        Ok(Self { regime, own, other, walker, gvas, changes, seconds })
+        Ok(Self { regime, pin, own, other, walker, gvas, changes, seconds })
     }
 
     /// One sample with the writer on an engine: `each` is called for every walk and makes it.
-    /// Returns nanoseconds a walk, and whether the
-    /// sample was disturbed.
+    /// Returns nanoseconds a walk, and whether the sample was disturbed.
     fn sample(
         &self,
         effort: &Effort,
         written: &Vm,
-        mut each: impl FnMut(&Walker, u64) -> Option<u64> + Send,
+        mut each: impl FnMut(&mut Session<'_>, u64) -> Option<u64> + Send,
     ) -> Result<(f64, bool), Failure> {
         let stop = &AtomicBool::new(false);
         let gvas = &self.gvas;
         let expected = Tables::sum(gvas);
         let mut walker = self.walker.borrow_mut();
-        let walker = &mut *walker;
+        let (walker, own, pin) = (&mut *walker, &self.own, self.pin);
         let walk = move || {
+            let session = &mut if pin { walker.single(own) } else { walker.session(own) };
             let start = Instant::now();
             let mut walks = 0;
             loop {
@@ -65,7 +67,7 @@ impl Pair {
                         return None;
                     }
                     done += 1;
-                    each(walker, gva)
+                    each(session, gva)
                 });
                 walks += done;
                 match sum {
@@ -83,14 +85,15 @@ impl Pair {
             result.map(|changes| (0.0, changes))
         };
         let both = together(vec![Box::new(walk), Box::new(write)])?;
-        self.changes.set(self.changes.get() + both.values[1].1);
-        self.seconds.set(self.seconds.get() + both.elapsed.as_secs_f64());
+        if core::ptr::eq(own, written) {
+            self.changes.set(self.changes.get() + both.values[1].1);
+            self.seconds.set(self.seconds.get() + both.elapsed.as_secs_f64());
+        }
         Ok((both.values[0].0, both.disturbed))
     }
 
     fn throughput(&self, effort: &Effort, written: &Vm) -> Result<f64, Failure> {
-        let own = &self.own;
-        let walk = |walker: &Walker, gva| walker.walk(own, gva).ok().map(|w| w.gpa.0);
+        let walk = |session: &mut Session<'_>, gva| session.walk(gva).ok().map(|w| w.gpa.0);
         undisturbed(|| self.sample(effort, written, walk))
     }
 
@@ -102,12 +105,11 @@ impl Pair {
         tick: f64,
         share: f64,
     ) -> Result<f64, Failure> {
-        let own = &self.own;
         let mut latencies = Histogram::new();
         let record = &mut latencies;
-        self.sample(effort, written, move |walker, gva| {
+        self.sample(effort, written, move |session, gva| {
             let start = ticks();
-            let walk = walker.walk(own, gva);
+            let walk = session.walk(gva);
             record.add(ticks().wrapping_sub(start));
             walk.ok().map(|w| w.gpa.0)
         })?;
@@ -133,8 +135,8 @@ fn publish(effort: &Effort, vm: &Vm) -> Result<u64, Failure> {
 #[derive(Debug)]
 pub struct BesideWriter;
 
-const SAME: [&str; 3] = ["rcu", "rwlock", "mutex"];
-const OTHER: [&str; 3] = ["rcu, other", "rwlock, other", "mutex, other"];
+const SAME: [&str; 4] = ["rcu", "rwlock", "mutex", "pin"];
+const OTHER: [&str; 4] = ["rcu, other", "rwlock, other", "mutex, other", "pin, other"];
 
 impl Row for BesideWriter {
     fn id(&self) -> &'static str {
@@ -142,7 +144,7 @@ impl Row for BesideWriter {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["W6.engine", "W6.rwlock", "W6.mutex", "W6.p999"]
+        &["W6.engine", "W6.rwlock", "W6.mutex", "W6.pin", "W6.p999"]
     }
 
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
@@ -150,7 +152,10 @@ impl Row for BesideWriter {
         if let Some(outcomes) = crate::rows::threads::needs_two(self.figures()) {
             return Ok(Found { outcomes, ..found });
         }
-        let pairs = Regime::ALL.map(Pair::new).into_iter().collect::<Result<Vec<_>, _>>()?;
+        let ways = Regime::ALL.map(|regime| (regime, false));
+        let ways = ways.into_iter().chain([(Regime::Rcu, true)]);
+        let pairs = ways.map(|(regime, pin)| Pair::new(regime, pin));
+        let pairs = pairs.collect::<Result<Vec<_>, _>>()?;
         let mut variants: Vec<Variant<'_>> = Vec::new();
         for (n, pair) in pairs.iter().enumerate() {
             let on = |vm| move |_: usize| pair.throughput(effort, vm);
@@ -162,6 +167,7 @@ impl Row for BesideWriter {
             ("W6.engine", "walker while a writer publishes", Some(Goal::AtLeast(0.9))),
             ("W6.rwlock", "the same under rwlock", None),
             ("W6.mutex", "the same under mutex", None),
+            ("W6.pin", "the same with a pin for each walk", None),
         ]
         .into_iter()
         .enumerate()
@@ -172,7 +178,7 @@ impl Row for BesideWriter {
             found.figure(goal.map_or(figure.clone(), |goal| figure.goal(goal)));
         }
         found.plots.push(("W6: a walk while a writer publishes", "ns", samples));
-        self.tail(effort, &pairs, &mut found)?;
+        self.tail(effort, &pairs[..3], &mut found)?;
         for pair in &pairs {
             let audit = pair.own.mmu().audit();
             audit.map_err(Failure::in_step(pair.regime.name()))?;
@@ -213,7 +219,7 @@ mod tests {
     fn the_map_changes_while_the_walker_walks() {
         let effort = Effort { pairs: 2, sample: Duration::from_millis(2) };
         for regime in Regime::ALL {
-            let pair = Pair::new(regime).unwrap();
+            let pair = Pair::new(regime, false).unwrap();
             let run = |_| pair.throughput(&effort, &pair.own);
             let samples = interleave(&effort, vec![("x", Box::new(run))]).unwrap();
             assert!(samples.of("x").unwrap().iter().all(|ns| *ns > 0.0));

@@ -5,7 +5,8 @@ use super::walk::{Tables, chained};
 use crate::cpu::{Work, allowed, together};
 use crate::figure::{Failure, Figure, Found, Goal, Outcome, Row, check_eq};
 use crate::measure::{Effort, Variant, calibrate, interleave, per_operation, undisturbed};
-use crate::regime::{Regime, Vm, Walker};
+use crate::regime::{Regime, Session, Vm, Walker};
+use mmu_core::addr::Gva;
 use std::cell::RefCell;
 
 /// If this process may use one processor only: what the figures of a row for two are then.
@@ -21,7 +22,7 @@ pub fn needs_two(figures: &[&'static str]) -> Option<Vec<Outcome>> {
 struct Walkers {
     vms: Vec<Vm>,
     walkers: RefCell<Vec<Walker>>,
-    gvas: Vec<u64>,
+    gvas: Vec<Gva>,
     sum: u64,
     passes: u64,
 }
@@ -45,7 +46,10 @@ impl Walkers {
         let gvas = tables.addresses(512, 1);
         let sum = Tables::sum(&gvas);
         let walkers: Vec<Walker> = walkers?;
-        let passes = calibrate(effort, || pass(&vms[0], &walkers[0], &gvas, sum))?;
+        let passes = {
+            let mut session = walkers[0].session(&vms[0]);
+            calibrate(effort, || pass(&mut session, &gvas, sum))?
+        };
         Ok(Self { walkers: RefCell::new(walkers), vms, gvas, sum, passes })
     }
 
@@ -54,7 +58,10 @@ impl Walkers {
         let (gvas, sum, passes) = (&self.gvas, self.sum, self.passes);
         let work = walkers.iter_mut().enumerate().map(|(n, walker)| {
             let vm = &self.vms[n % self.vms.len()];
-            let run = move || (0..passes).try_for_each(|_| pass(vm, walker, gvas, sum));
+            let run = move || {
+                let mut session = walker.session(vm);
+                (0..passes).try_for_each(|_| pass(&mut session, gvas, sum))
+            };
             Box::new(run) as Work<'_, ()>
         });
         let both = together(work.collect())?;
@@ -63,8 +70,8 @@ impl Walkers {
     }
 }
 
-fn pass(vm: &Vm, walker: &Walker, gvas: &[u64], sum: u64) -> Result<(), Failure> {
-    let found = chained(gvas, |gva| walker.walk(vm, gva).ok().map(|walk| walk.gpa.0));
+fn pass(session: &mut Session<'_>, gvas: &[Gva], sum: u64) -> Result<(), Failure> {
+    let found = chained(gvas, |gva| session.walk(gva).ok().map(|walk| walk.gpa.0));
     check_eq("sum of the translations", found, Some(sum))
 }
 
@@ -94,7 +101,7 @@ impl Row for TwoWalkers {
             (*name, Box::new(|_| undisturbed(|| walkers.sample())))
         });
         let samples = interleave(effort, variants.collect())?;
-        let what = "two walkers of one engine, a pin for each walk";
+        let what = "two walkers of one engine";
         found.figure(
             Figure::throughput("W7", what, &samples, ["rcu", "private"])?.goal(Goal::AtLeast(0.97)),
         );

@@ -52,34 +52,35 @@ impl Tables {
         self.memory.tables_end() - PAGE
     }
 
-    /// What an address must translate to. The pages need not exist for that.
+    /// What an address must translate to. The pages need not exist for that;
+    /// those of a few tables have addresses that every processor can have.
     fn gpa(gva: u64) -> u64 {
-        ((gva >> 12) ^ SCRAMBLE) << 12 | gva & 0xfff
+        ((gva - FIRST) >> 12 ^ SCRAMBLE) << 12 | gva & 0xfff
     }
 
     /// Mapped addresses, anywhere in the range.
-    pub fn addresses(&self, count: usize, seed: u64) -> Vec<u64> {
+    pub fn addresses(&self, count: usize, seed: u64) -> Vec<Gva> {
         let mut x = seed | 1;
         (0..count)
             .map(|_| {
                 x = xorshift(x);
-                FIRST + ((x >> 20) % self.pages) * PAGE + (x >> 8 & 0xff8)
+                Gva(FIRST + ((x >> 20) % self.pages) * PAGE + (x >> 8 & 0xff8))
             })
             .collect()
     }
 
     /// The sum of what addresses must translate to.
-    pub fn sum(gvas: &[u64]) -> u64 {
-        gvas.iter().fold(0, |sum, gva| sum.wrapping_add(Self::gpa(*gva)))
+    pub fn sum(gvas: &[Gva]) -> u64 {
+        gvas.iter().fold(0, |sum, gva| sum.wrapping_add(Self::gpa(gva.0)))
     }
 }
 
 /// Adds up what `walk` makes of each address, one after the other.
 #[inline(always)]
-pub fn chained(gvas: &[u64], mut walk: impl FnMut(u64) -> Option<u64>) -> Option<u64> {
+pub fn chained(gvas: &[Gva], mut walk: impl FnMut(u64) -> Option<u64>) -> Option<u64> {
     let (mut sum, mut last) = (0u64, 0);
     for gva in gvas {
-        last = walk(chase::chained(*gva, last))?;
+        last = walk(chase::chained(gva.0, last))?;
         sum = sum.wrapping_add(last);
     }
     Some(sum)
@@ -87,17 +88,17 @@ pub fn chained(gvas: &[u64], mut walk: impl FnMut(u64) -> Option<u64>) -> Option
 
 /// The same, overlapping.
 #[inline(always)]
-fn streamed(gvas: &[u64], mut walk: impl FnMut(u64) -> Option<u64>) -> Option<u64> {
+fn streamed(gvas: &[Gva], mut walk: impl FnMut(u64) -> Option<u64>) -> Option<u64> {
     let mut sum = 0u64;
     for gva in gvas {
-        sum = sum.wrapping_add(walk(*gva)?);
+        sum = sum.wrapping_add(walk(gva.0)?);
     }
     Some(sum)
 }
 
 /// Who walks.
-struct Bench {
-    tables: Tables,
+pub struct Bench {
+    pub tables: Tables,
     map: Arc<MemoryMap>,
     mode: PagingMode,
     vm: Vm,
@@ -106,10 +107,10 @@ struct Bench {
 }
 
 /// The ways to walk; each returns the sum of the results.
-type Pass = fn(&Bench, &[u64]) -> Option<u64>;
+pub type Pass = fn(&Bench, &[Gva]) -> Option<u64>;
 
 impl Bench {
-    fn new(tables: u64) -> Result<Self, Failure> {
+    pub fn new(tables: u64) -> Result<Self, Failure> {
         let tables = Tables::new(tables);
         let vm = Vm::new(tables.memory.engine(64)?, Regime::Rcu);
         let walker = Walker::new(&vm, tables.root)?;
@@ -130,13 +131,28 @@ impl Bench {
         Some(unsafe { chase::walk(self.tables.memory.words(), self.tables.root, gva) })
     }
 
-    const WALK: Pass = |bench, gvas| chained(gvas, |gva| bench.walk(gva));
+    pub const WALK: Pass = |bench, gvas| chained(gvas, |gva| bench.walk(gva));
     const CHASE: Pass = |bench, gvas| chained(gvas, |gva| bench.chase(gva));
     const WALK_STREAM: Pass = |bench, gvas| streamed(gvas, |gva| bench.walk(gva));
     const CHASE_STREAM: Pass = |bench, gvas| streamed(gvas, |gva| bench.chase(gva));
     const PINNED: Pass = |bench, gvas| {
         chained(gvas, |gva| bench.walker.walk(&bench.vm, gva).ok().map(|walk| walk.gpa.0))
     };
+    const SESSION: Pass = |bench, gvas| {
+        let mut session = bench.walker.session(&bench.vm);
+        chained(gvas, |gva| session.walk(gva).ok().map(|walk| walk.gpa.0))
+    };
+    const BATCH: Pass =
+        |bench, gvas| {
+            let (mut sum, mut faults) = (0u64, 0);
+            bench.mode.walk_batch(&bench.map, &bench.hint, gvas, Walker::ACCESS, |_, walk| {
+                match walk {
+                    Ok(walk) => sum = sum.wrapping_add(walk.gpa.0),
+                    Err(_) => faults += 1,
+                }
+            });
+            (faults == 0).then_some(sum)
+        };
 
     /// Measures the ways side by side, `count` addresses a pass; fresh ones each time if `fresh`.
     fn measure<const N: usize>(
@@ -146,7 +162,7 @@ impl Bench {
         count: usize,
         fresh: bool,
     ) -> Result<Samples, Failure> {
-        let pass = |way: Pass, gvas: &[u64], sum: u64| {
+        let pass = |way: Pass, gvas: &[Gva], sum: u64| {
             check_eq("sum of the translations", way(self, gvas), Some(sum))
         };
         let gvas = self.tables.addresses(count, 1);
@@ -169,9 +185,9 @@ impl Bench {
 }
 
 /// Tables of the small rows: four of the lowest level, 28 KiB with those above.
-const SMALL: u64 = 4;
+pub const SMALL: u64 = 4;
 /// Addresses of the small rows, which lie in the first cache beside the tables.
-const ADDRESSES: usize = 512;
+pub const ADDRESSES: usize = 512;
 
 /// W1.
 #[derive(Debug)]
@@ -232,8 +248,7 @@ impl Row for Large {
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
         let mut found = Found::default();
         let bench = Bench::new(256 * MIB / PAGE)?;
-        // About what a memory access takes.
-        let count = (effort.sample.as_nanos() / 100) as usize;
+        let count = fresh_addresses(effort);
         let ways = [("walk", Bench::WALK), ("chase", Bench::CHASE)];
         let samples = bench.measure(effort, ways, count, true)?;
         found.figure(
@@ -250,6 +265,42 @@ impl Row for Large {
     }
 }
 
+/// Addresses of a sample of the large rows, each used once: 100 ns is about what a memory access
+/// takes.
+fn fresh_addresses(effort: &Effort) -> usize {
+    (effort.sample.as_nanos() / 100) as usize
+}
+
+/// W4.
+#[derive(Debug)]
+pub struct Batch;
+
+impl Row for Batch {
+    fn id(&self) -> &'static str {
+        "W4"
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        &["W4"]
+    }
+
+    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        let bench = Bench::new(256 * MIB / PAGE)?;
+        let ways =
+            [("batch", Bench::BATCH), ("walk", Bench::WALK_STREAM), ("chase", Bench::CHASE_STREAM)];
+        let samples = bench.measure(effort, ways, fresh_addresses(effort), true)?;
+        let what = "W2 by walk_batch, speed over independent walks";
+        found.figure(
+            Figure::throughput("W4", what, &samples, ["batch", "walk"])?
+                .goal(Goal::AtLeast(2.5))
+                .detail("table_bytes", json!(bench.tables.bytes())),
+        );
+        found.plots.push(("W4: a walk of a batch, 256 MiB of tables", "ns", samples));
+        Ok(found)
+    }
+}
+
 /// W3.
 #[derive(Debug)]
 pub struct Pinned;
@@ -260,17 +311,24 @@ impl Row for Pinned {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["W3"]
+        &["W3", "W3.session"]
     }
 
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
         let mut found = Found::default();
-        let ways = [("pin+walk", Bench::PINNED), ("chase", Bench::CHASE), ("walk", Bench::WALK)];
+        let ways = [
+            ("pin+walk", Bench::PINNED),
+            ("session", Bench::SESSION),
+            ("chase", Bench::CHASE),
+            ("walk", Bench::WALK),
+        ];
         let samples = Bench::new(SMALL)?.measure(effort, ways, ADDRESSES, false)?;
         let what = "W1 with a pin for each walk (Vcpu::translate)";
         found.figure(
             Figure::cost("W3", what, &samples, ["pin+walk", "chase"])?.goal(Goal::AtMost(4.0)),
         );
+        let what = "the same in a session (Vcpu::walker)";
+        found.figure(Figure::cost("W3.session", what, &samples, ["session", "chase"])?);
         found.plots.push(("W3: a walk with a pin of its own", "ns", samples));
         Ok(found)
     }
@@ -285,11 +343,19 @@ mod tests {
         let bench = Bench::new(2).unwrap();
         let gvas = bench.tables.addresses(100, 7);
         let sum = Tables::sum(&gvas);
-        for way in
-            [Bench::WALK, Bench::CHASE, Bench::WALK_STREAM, Bench::CHASE_STREAM, Bench::PINNED]
-        {
+        for way in [
+            Bench::WALK,
+            Bench::CHASE,
+            Bench::WALK_STREAM,
+            Bench::CHASE_STREAM,
+            Bench::PINNED,
+            Bench::SESSION,
+            Bench::BATCH,
+        ] {
             assert_eq!(way(&bench, &gvas), Some(sum));
         }
-        assert_eq!(Bench::WALK(&bench, &[FIRST + 2 * 512 * PAGE]), None);
+        for way in [Bench::WALK, Bench::BATCH, Bench::SESSION] {
+            assert_eq!(way(&bench, &[Gva(FIRST + 2 * 512 * PAGE)]), None);
+        }
     }
 }
