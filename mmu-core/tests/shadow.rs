@@ -454,3 +454,37 @@ fn nothing_reaches_a_deleted_slot() {
     });
     guest.audit();
 }
+
+#[test]
+fn register_writes_take_effect_or_change_nothing() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    guest.map(Gva(0x1000), Gpa(0x5000), RWU);
+    guest.map(Gva(0x2000), Gpa(0x6000), bits::P | bits::US);
+    let mut cpu = guest.vcpu();
+    store(&mut cpu, 0x1000, 1);
+    // C6: toggles of CR0.WP take effect at once.
+    let write = |cpu: &mut SoftVcpu| cpu.session().store(Gva(0x2000), &[1], false);
+    assert_eq!(reason(write(&mut cpu)), Reason::Write);
+    let cr0 = cpu.vcpu().regs().cr0;
+    cpu.vcpu_mut().set_cr0(cr0 & !bits::CR0_WP).unwrap();
+    assert_eq!(write(&mut cpu), Ok(()));
+    cpu.vcpu_mut().set_cr0(cr0).unwrap();
+    assert_eq!(reason(write(&mut cpu)), Reason::Write);
+    assert_eq!(reason(cpu.session().store(Gva(0x2000), &[1], true)), Reason::Write);
+    // What raises #GP, or lies outside memory, changes nothing.
+    let before = *cpu.vcpu().regs();
+    let vcpu = cpu.vcpu_mut();
+    assert!(matches!(vcpu.set_cr0(1 << 32), Err(VcpuError::Gp(_))));
+    assert!(matches!(vcpu.set_cr4(0), Err(VcpuError::Gp(_))));
+    assert!(matches!(vcpu.set_cr3(1 << 60), Err(VcpuError::Gp(_))));
+    assert!(matches!(vcpu.set_efer(0), Err(VcpuError::Gp(_))));
+    assert_eq!(vcpu.set_cr3(1 << 40), Err(VcpuError::RootOutside { cr3: 1 << 40 }));
+    assert_eq!(*vcpu.regs(), before);
+    // Another address space.
+    let other = guest.new_table();
+    vcpu.set_cr3(other.0).unwrap();
+    assert_eq!(reason(cpu.session().load(Gva(0x1000), &mut [0], true)), Reason::NotPresent);
+    cpu.vcpu_mut().set_cr3(guest.root.0).unwrap();
+    assert_eq!(load(&mut cpu, 0x1000), 1);
+    guest.audit();
+}

@@ -5,7 +5,7 @@ use super::Crash;
 use crate::emu::{Bus, Exception, MAX_INSN, Stop};
 use mmu_core::Mmu;
 use mmu_core::addr::{Gpa, Gva, PAGE_SIZE};
-use mmu_core::paging::{Access, Regs as ControlRegs};
+use mmu_core::paging::{Access, Regs as ControlRegs, bits};
 use mmu_core::vcpu::{AccessError, Session, SoftExit, Vcpu};
 
 /// What stops an instruction from outside.
@@ -15,9 +15,8 @@ pub(super) enum Halted {
     Crash(Crash),
     /// Somebody wants the vCPU's thread.
     Requested,
-    /// The guest changes its control registers: done between instructions, then the instruction
-    /// is executed again.
-    Load(ControlRegs),
+    /// The guest loads CR3: done between instructions, then the instruction is executed again.
+    LoadCr3(u64),
 }
 
 /// Why memory did not answer.
@@ -72,7 +71,7 @@ pub(super) trait Memory {
         new: u64,
     ) -> Result<Result<(), u64>, Miss>;
     fn regs(&self) -> &ControlRegs;
-    fn load(&mut self, regs: ControlRegs) -> Result<(), Stop<Halted>>;
+    fn set_cr3(&mut self, cr3: u64) -> Result<(), Stop<Halted>>;
     fn invalidate(&mut self, gva: Option<Gva>);
 }
 
@@ -101,9 +100,9 @@ impl Memory for &mut Vcpu {
         Vcpu::regs(self)
     }
 
-    fn load(&mut self, regs: ControlRegs) -> Result<(), Stop<Halted>> {
-        // Registers that the engine refuses are #GP(0) for the guest (SDM vol. 2, MOV to CR).
-        Ok(self.set_regs(regs).map_err(|_| Exception::gp(0))?)
+    fn set_cr3(&mut self, cr3: u64) -> Result<(), Stop<Halted>> {
+        // What the engine refuses is #GP(0) for the guest (SDM vol. 2, MOV to CR).
+        Ok(Vcpu::set_cr3(self, cr3).map_err(|_| Exception::gp(0))?)
     }
 
     fn invalidate(&mut self, _gva: Option<Gva>) {}
@@ -138,8 +137,8 @@ impl Memory for Inside<'_> {
         &self.regs
     }
 
-    fn load(&mut self, regs: ControlRegs) -> Result<(), Stop<Halted>> {
-        Err(Stop::Bus(Halted::Load(regs)))
+    fn set_cr3(&mut self, cr3: u64) -> Result<(), Stop<Halted>> {
+        Err(Stop::Bus(Halted::LoadCr3(cr3)))
     }
 
     fn invalidate(&mut self, gva: Option<Gva>) {
@@ -220,9 +219,9 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
         if n != 3 {
             return Err(Exception::gp(0).into());
         }
-        let regs = *self.memory.regs();
-        if regs.cr3 != value {
-            self.memory.load(ControlRegs { cr3: value, ..regs })?;
+        // The no-flush bit is not stored (SDM vol. 3, 5.10.4.1).
+        if self.memory.regs().cr3 != value & !bits::CR3_NO_FLUSH {
+            self.memory.set_cr3(value)?;
         }
         self.memory.invalidate(None);
         Ok(())

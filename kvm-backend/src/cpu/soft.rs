@@ -72,8 +72,8 @@ impl Cpu for SoftCpu {
                 }
                 Err(Stop::Bus(Halted::Crash(crash))) => return Event::Crash(crash),
                 Err(Stop::Bus(Halted::Requested)) => return Event::Stopped,
-                Err(Stop::Bus(Halted::Load(regs))) => {
-                    if self.soft.vcpu_mut().set_regs(regs).is_err() {
+                Err(Stop::Bus(Halted::LoadCr3(cr3))) => {
+                    if self.soft.vcpu_mut().set_cr3(cr3).is_err() {
                         // As on a processor (SDM vol. 2, MOV to CR).
                         return Event::Crash(Crash::Exception(Exception::gp(0)));
                     }

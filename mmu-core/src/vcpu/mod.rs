@@ -13,7 +13,7 @@ pub(crate) use soft::SoftProcessor;
 pub use soft::{Session, SoftExit, SoftVcpu};
 
 use crate::addr::{Gva, LEVELS, Machine};
-use crate::paging::{Access, BadRegisters, Fault, PagingMode, Regs, Walk, bits};
+use crate::paging::{Access, BadRegisters, Fault, Illegal, PagingMode, Regs, Walk, bits};
 use crate::shadow::{
     Context, Cursor, Downgrade, Engine, FaultInfo, FrameId, Generation, Outcome, Processor, Regime,
     Stall, VcpuState, request,
@@ -28,6 +28,9 @@ pub enum VcpuError {
     /// No processor accepts the combination.
     #[error(transparent)]
     Illegal(#[from] BadRegisters),
+    /// The register write raises #GP(0).
+    #[error(transparent)]
+    Gp(#[from] Illegal),
     /// The walker follows this, the shadow does not yet.
     #[error(
         "{what} is not shadowed yet (CR0 {cr0:#x}, CR3 {cr3:#x}, CR4 {cr4:#x}, EFER {efer:#x})"
@@ -147,6 +150,45 @@ impl Vcpu {
         self.release_roots();
         self.regs = regs;
         Ok(())
+    }
+
+    /// MOV to CR0, or LMSW, CLTS.
+    ///
+    /// # Errors
+    ///
+    /// [`VcpuError::Gp`] where the processor raises #GP(0); the others where this engine cannot
+    /// follow. The old value stays.
+    pub fn set_cr0(&mut self, cr0: u64) -> Result<(), VcpuError> {
+        self.set_regs(self.regs.with_cr0(cr0)?)
+    }
+
+    /// MOV to CR3: another address space. Whether translations of its PCID are to be kept
+    /// ([`Cr3Load::no_flush`](crate::paging::Cr3Load)) is a permission that the roots need not use:
+    /// they are found again by their guest table and the registers.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vcpu::set_cr0`]; [`VcpuError::RootOutside`] if the table lies in no memslot.
+    pub fn set_cr3(&mut self, cr3: u64) -> Result<(), VcpuError> {
+        self.set_regs(self.regs.with_cr3(cr3)?.regs)
+    }
+
+    /// MOV to CR4.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vcpu::set_cr0`].
+    pub fn set_cr4(&mut self, cr4: u64) -> Result<(), VcpuError> {
+        self.set_regs(self.regs.with_cr4(cr4)?)
+    }
+
+    /// WRMSR to IA32_EFER.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vcpu::set_cr0`].
+    pub fn set_efer(&mut self, efer: u64) -> Result<(), VcpuError> {
+        self.set_regs(self.regs.with_efer(efer)?)
     }
 
     /// Faults that [`Vcpu::fault`] was asked to serve so far.
