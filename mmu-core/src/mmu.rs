@@ -65,6 +65,7 @@ pub enum ConfigError {
 /// | call | waits for |
 /// | --- | --- |
 /// | [`Vcpu::fault`], [`Vcpu::read`], [`Vcpu::write`], [`Vcpu::translate`], [`Mmu::memory`], [`Mmu::stats`] | nobody (a fault may spin briefly on one page's reverse map) |
+/// | [`Vcpu::must_wait`], after a fault that stalled | nobody for a flush: it is polled; for table frames, once vCPUs have drained, readers |
 /// | [`Mmu::create_slot`] | other writers of the map |
 /// | [`Mmu::dirty_log`] | vCPUs inside the guest, until they come out or drain |
 /// | [`Mmu::delete_slot`] | other writers, readers, vCPUs inside the guest |

@@ -66,3 +66,87 @@ impl Engine {
         Ok(())
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::addr::Gpa;
+    use crate::memory::AllocatedMemory;
+    use crate::shadow::Processor;
+    use crate::sync::epoch::Collector;
+    use crate::sync::{AtomicBool, Ordering};
+    use std::sync::Arc;
+    use std::thread::{scope, sleep, yield_now};
+    use std::time::Duration;
+
+    struct Polled;
+    impl Processor for Polled {
+        fn kick(&self) {}
+    }
+
+    const SHORT: Duration = Duration::from_millis(50);
+
+    fn until(flag: &AtomicBool) {
+        while !flag.load(Ordering::Acquire) {
+            yield_now();
+        }
+    }
+
+    /// R8: a deletion meets an entry that another thread has taken away and not recorded yet. The
+    /// vCPU must have drained that record, too, when the deletion returns.
+    #[test]
+    fn a_deletion_waits_for_narrowings_in_flight() {
+        let tables = Arc::new(AllocatedMemory::new(1 << 20));
+        let engine = Engine::new(tables, None, Collector::new());
+        let memory = Arc::new(AllocatedMemory::new(1 << 12));
+        engine.create_slot(SlotConfig::new(0, Gpa(0), memory)).unwrap();
+        let slot = Arc::clone(engine.memory.snapshot().by_id(SlotId(0)).unwrap());
+        let at = Location::new(FrameId(0), 0);
+        let rmap = slot.state().rmap.get_or_alloc(0);
+        rmap.add(at.word());
+        let [held, narrowing, release, done]: [AtomicBool; 4] = Default::default();
+        let (_, mut vcpu) = engine.flush.join(Arc::new(Polled));
+        let mut seen = vcpu.drain(&engine.flush, |_| ());
+        assert!(vcpu.enter());
+        scope(|s| {
+            // Stops the deletion at its scan.
+            s.spawn(|| {
+                rmap.for_each(|_| {
+                    held.store(true, Ordering::Release);
+                    until(&release);
+                });
+            });
+            until(&held);
+            let deletion = s.spawn(|| {
+                engine.delete_slot(SlotId(0)).unwrap();
+                let covers = engine.flush.now();
+                done.store(true, Ordering::Release);
+                covers
+            });
+            sleep(SHORT);
+            s.spawn(|| {
+                let handle = engine.collector.register();
+                let _guard = handle.pin();
+                let mut mine = engine.flush.narrow();
+                narrowing.store(true, Ordering::Release);
+                sleep(SHORT);
+                mine.entry(at, None);
+            });
+            until(&narrowing);
+            release.store(true, Ordering::Release);
+            while !done.load(Ordering::Acquire) {
+                if vcpu.has_requests() {
+                    vcpu.leave();
+                    loop {
+                        vcpu.take_requests();
+                        seen = vcpu.drain(&engine.flush, |_| ());
+                        if vcpu.enter() {
+                            break;
+                        }
+                    }
+                }
+            }
+            assert!(seen >= deletion.join().unwrap(), "R08: deleted under a stale translation");
+        });
+    }
+}

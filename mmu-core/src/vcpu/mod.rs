@@ -254,9 +254,9 @@ impl Vcpu {
     }
 
     /// Whether the operation that stalled must wait on. Poll it outside the guest; a consumer
-    /// whose processor remembers tables outside ([`Processor::forgets_outside`]) must let it drain
-    /// inside between polls, without running guest code, so that two vCPUs that wait for each
-    /// other get on.
+    /// whose processor remembers tables outside (unless [`Processor::forgets_outside`]) must let it
+    /// drain inside between polls, without running guest code, so that two vCPUs that wait for each
+    /// other get on. The poll that ends a wait for table frames waits for open read sections.
     pub fn must_wait(&mut self, stall: Stall) -> bool {
         self.leave();
         if self.stall.replace(stall) != Some(stall) {
