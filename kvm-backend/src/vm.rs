@@ -156,7 +156,7 @@ impl Vm {
             let host = NonNull::from(backing.words()).cast();
             let (machine, size, owner) = (backing.machine().0, config.size, Arc::new(backing));
             // SAFETY: `owner` keeps the memory, which is only ever lent as atomics.
-            unsafe { kvm.add_memory(machine, host, size, config.read_only, owner) }?;
+            unsafe { kvm.add_memory(machine, host, size, config.flags.read_only, owner) }?;
         }
         self.mmu.create_slot(config)?;
         self.slots.push(id);

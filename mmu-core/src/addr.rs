@@ -11,6 +11,8 @@ use core::fmt;
 pub const PAGE_SHIFT: u32 = 12;
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
+/// Physical address bits of x86's page-table formats (SDM vol. 3, 5.1.4).
+pub(crate) const PHYSICAL_BITS: u32 = 52;
 /// log2 of the entries of an 8-byte-entry table: 9 (SDM vol. 3, 5.5). Model checking shrinks a
 /// table to two entries; the code above this constant stays the same.
 pub const INDEX_BITS: u32 = if cfg!(loom) { 1 } else { 9 };
@@ -76,6 +78,10 @@ address! {
 address! {
     /// Guest-physical address, in bytes.
     Gpa
+}
+address! {
+    /// Address in this process, in bytes.
+    Hva
 }
 address! {
     /// Machine address, in bytes: what the consumer's processor calls a byte of guest memory or

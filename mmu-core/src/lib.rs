@@ -61,7 +61,7 @@ pub mod shadow;
 pub mod sync;
 pub mod vcpu;
 
-pub use mmu::{Config, ConfigError, DirtyLogError, MIN_TABLE_FRAMES, Mmu};
+pub use mmu::{Config, ConfigError, DirtyLogError, MIN_TABLE_FRAMES, Mmu, PinError, Resolver};
 
 /// The project's README, whose examples are tested.
 #[cfg(all(doctest, feature = "vm-memory"))]

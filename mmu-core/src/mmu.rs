@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The VM-wide handle.
 
-use crate::addr::{ENTRIES, Gpa, PAGE_SIZE};
-use crate::memory::{Backing, MemoryMap, SlotConfig, SlotError, SlotId};
+use crate::addr::{ENTRIES, Gpa, PAGE_SIZE, PHYSICAL_BITS};
+use crate::memory::{
+    Alias, AliasError, Backing, DirtyPage, MemoryMap, PinnedPage, Slot, SlotConfig, SlotError,
+    SlotFlags, SlotId,
+};
 use crate::mmio::Bus;
 use crate::paging::Regs;
-use crate::shadow::{AuditReport, Disagreement, Engine, Processor, StatsSnapshot};
+use crate::shadow::{
+    AuditReport, Disagreement, Engine, Invalidation, MIN_FRAMES, PageRange, Processor, QuotaError,
+    RangeError, Release, StatsSnapshot,
+};
 use crate::sync::epoch::Collector;
+use crate::sync::{Mark, WouldDeadlock};
 use crate::vcpu::{SoftProcessor, SoftVcpu, Vcpu, VcpuError};
 use std::sync::Arc;
 
-/// Fewest table frames an engine works with: a full path for each of several vCPUs.
-pub const MIN_TABLE_FRAMES: u64 = if cfg!(loom) { 4 } else { 64 };
+/// Fewest table frames an engine works with; more are needed for more than eight vCPUs.
+pub const MIN_TABLE_FRAMES: u64 = MIN_FRAMES as u64;
 
 /// How an engine is made.
 #[derive(Debug)]
@@ -64,13 +71,20 @@ pub enum ConfigError {
 ///
 /// | call | waits for |
 /// | --- | --- |
-/// | [`Vcpu::fault`], [`Vcpu::read`], [`Vcpu::write`], [`Vcpu::translate`], [`Mmu::memory`], [`Mmu::stats`] | nobody (a fault may spin briefly on one page's reverse map) |
-/// | [`Vcpu::must_wait`], after a fault that stalled | nobody for a flush: it is polled; for table frames, once vCPUs have drained, readers |
-/// | [`Mmu::create_slot`] | other writers of the map |
-/// | [`Mmu::dirty_log`] | vCPUs inside the guest, until they come out or drain |
-/// | [`Mmu::delete_slot`] | other writers, readers, vCPUs inside the guest |
+/// | [`Vcpu::fault`], [`Vcpu::read`], [`Vcpu::write`], [`Vcpu::translate`], [`Mmu::memory`], [`Mmu::stats`], [`Mmu::pin_page`], [`Mmu::write_phys`], [`Mmu::note_write`] | nobody (a fault may spin briefly on one page's reverse map) |
+/// | [`Vcpu::must_wait`], after a fault that stalled | nobody: it is polled |
+/// | [`Mmu::zap_all`], [`Mmu::set_nr_mmu_pages`], [`Mmu::test_young`], [`Mmu::clear_young`], [`Mmu::peek_dirty_log`] of a write-protected log | nobody |
+/// | [`Mmu::dirty_log`], [`Mmu::clear_dirty_log`], [`Mmu::reset_dirty_pages`] | vCPUs inside the guest, until they come out or drain; readers, where the log uses dirty bits |
+/// | [`Mmu::create_slot`] | other changes of the map, active invalidations; readers, once [`MAX_OLD_MAPS`](crate::memory::MAX_OLD_MAPS) old maps wait for them |
+/// | [`Mmu::delete_slot`], [`Mmu::move_slot`], [`Mmu::set_slot_flags`], [`Mmu::set_alias`], [`Mmu::remove_alias`] | other changes of the map, active invalidations, readers, vCPUs inside the guest |
+/// | [`Mmu::invalidate`] | changes of the map under way, vCPUs inside the guest |
+/// | [`Mmu::set_host_writable`] | vCPUs inside the guest |
+/// | [`Mmu::synchronize`] | readers, vCPUs inside the guest |
 ///
-/// A thread that is inside the guest with its vCPU must not make a call that waits for vCPUs.
+/// A thread that is inside the guest with its vCPU, or holds a [`Walker`](crate::vcpu::Walker), must
+/// not make a call that waits for vCPUs or readers. A thread that resolves faults of guest memory
+/// says so ([`Mmu::resolver`]) and is then refused by every call that waits. A thread that has begun an
+/// [`Invalidation`] is refused by the calls that wait for invalidations.
 #[derive(Clone, Debug)]
 pub struct Mmu {
     engine: Arc<Engine>,
@@ -111,14 +125,67 @@ impl Mmu {
         self.engine.create_slot(config)
     }
 
-    /// Deletes a memslot. When this returns, no reader, shadow entry or vCPU uses its memory, and
-    /// the backing is released unless a holder of an earlier [`Mmu::memory`] keeps it.
+    /// Deletes a memslot. When this returns, no reader, shadow entry or vCPU uses its memory; who
+    /// else holds it is in the [`Release`], and with the last of them the backing is dropped.
     ///
     /// # Errors
     ///
-    /// [`SlotError::NoSuchSlot`].
-    pub fn delete_slot(&self, id: SlotId) -> Result<(), SlotError> {
+    /// [`SlotError`], which names the value; nothing has changed then.
+    pub fn delete_slot(&self, id: SlotId) -> Result<Release, SlotError> {
         self.engine.delete_slot(id)
+    }
+
+    /// Moves a memslot to another guest-physical address. Its memory, dirty log and pinned pages stay.
+    /// There is no moment at which it is at neither place.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError`], which names the value; nothing has changed then.
+    pub fn move_slot(&self, id: SlotId, base: Gpa) -> Result<(), SlotError> {
+        self.engine.move_slot(id, base)
+    }
+
+    /// Changes what may change of a memslot. When this returns, every vCPU obeys the new flags: with
+    /// a dirty log, every later write is in it. A log that is switched on begins empty.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError`], which names the value; nothing has changed then.
+    pub fn set_slot_flags(&self, id: SlotId, flags: SlotFlags) -> Result<(), SlotError> {
+        self.engine.set_slot_flags(id, flags)
+    }
+
+    /// Sets an alias, or replaces the one with its number. All shadow mappings are zapped
+    /// (KVM_SET_MEMORY_ALIAS). [`Alias`] says what a guest finds there.
+    ///
+    /// ```
+    /// # use mmu_core::{Config, Mmu, addr::Gpa, memory::{Alias, AllocatedMemory, SlotConfig}};
+    /// # use std::sync::Arc;
+    /// let mmu = Mmu::new(Config::new(Arc::new(AllocatedMemory::new(1 << 20))))?;
+    /// mmu.create_slot(SlotConfig::new(0, Gpa(0x10_0000), Arc::new(AllocatedMemory::new(1 << 20))))?;
+    /// // The VGA window of 1987 onto the frame buffer.
+    /// mmu.set_alias(Alias { number: 0, base: Gpa(0xa_0000), size: 0x8000, target: Gpa(0x18_0000) })?;
+    /// mmu.write_phys(Gpa(0xa_0010), b"text");
+    /// let mut seen = [0; 4];
+    /// mmu.memory().read(Gpa(0x18_0010), &mut seen);
+    /// assert_eq!(&seen, b"text");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`AliasError`], which names the value; nothing has changed then.
+    pub fn set_alias(&self, alias: Alias) -> Result<(), AliasError> {
+        self.engine.set_alias(alias)
+    }
+
+    /// Removes an alias. All shadow mappings are zapped.
+    ///
+    /// # Errors
+    ///
+    /// [`AliasError::NoSuchAlias`], [`AliasError::WouldDeadlock`].
+    pub fn remove_alias(&self, number: u32) -> Result<(), AliasError> {
+        self.engine.remove_alias(number)
     }
 
     /// The memory map of this moment, for holders that outlive a read section. Keeps the memory of
@@ -128,24 +195,106 @@ impl Mmu {
         self.engine.memory.snapshot()
     }
 
+    /// Pins a page of guest memory, for as long as the result lives, whatever becomes of its slot.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError`], which names the address.
+    pub fn pin_page(&self, gpa: Gpa, write: bool) -> Result<PinnedPage, PinError> {
+        let handle = self.engine.collector.register();
+        let guard = handle.pin();
+        let page = self.engine.memory.load(&guard).page(gpa.gfn());
+        let page = page.ok_or(PinError::NoMemory(gpa))?;
+        if write && !page.is_writable() {
+            return Err(PinError::ReadOnly(gpa));
+        }
+        Ok(PinnedPage::new(page, write))
+    }
+
     /// Takes the slot's dirty log into `bitmap` (bit `n` of word `w` is page `64 w + n`; words
     /// beyond the slot are cleared) and returns the number of dirty pages. Pages written from now
     /// on are in a later log (R13). With several callers at a time each page is in one caller's.
+    /// [`runs`](crate::memory::runs) goes through the bitmap by runs of pages.
     ///
     /// # Errors
     ///
     /// [`DirtyLogError`]; nothing has been taken then.
     pub fn dirty_log(&self, id: SlotId, bitmap: &mut [u64]) -> Result<u64, DirtyLogError> {
+        let (engine, mut handle) = (&self.engine, self.engine.collector.register());
+        self.with_log(id, bitmap.len(), |slot| engine.harvest(slot, bitmap, &mut handle))
+    }
+
+    /// As [`Mmu::dirty_log`], but the log keeps its pages, and the guest goes on writing to them
+    /// unnoticed, until [`Mmu::clear_dirty_log`] (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2): copy a page
+    /// after it was cleared there.
+    ///
+    /// # Errors
+    ///
+    /// [`DirtyLogError`].
+    pub fn peek_dirty_log(&self, id: SlotId, bitmap: &mut [u64]) -> Result<u64, DirtyLogError> {
+        let (engine, mut handle) = (&self.engine, self.engine.collector.register());
+        self.with_log(id, bitmap.len(), |slot| engine.peek_dirty(slot, bitmap, &mut handle))
+    }
+
+    /// Takes the pages that are set in `bitmap` out of the slot's log; bit `n` of word `w` is page
+    /// `first_page + 64 w + n`. Pages written from now on are in the log again. Returns how many of
+    /// them the log had.
+    ///
+    /// # Errors
+    ///
+    /// [`DirtyLogError`]; nothing has been cleared then. `first_page` must be a multiple of 64, and
+    /// no bit beyond the slot may be set.
+    pub fn clear_dirty_log(
+        &self,
+        id: SlotId,
+        first_page: u64,
+        bitmap: &[u64],
+    ) -> Result<u64, DirtyLogError> {
+        let last = bitmap.iter().rposition(|bits| *bits != 0);
+        let (engine, handle) = (&self.engine, self.engine.collector.register());
+        self.with_log(id, usize::MAX, |slot| {
+            let end = last.map_or(Some(first_page), |word| {
+                let bits = 64 - bitmap[word].leading_zeros();
+                first_page.checked_add(word as u64 * 64 + u64::from(bits))
+            });
+            if first_page % 64 != 0 || end.is_none_or(|end| end > slot.pages()) {
+                let pages = slot.pages();
+                return Err(DirtyLogError::BadRange { id, first_page, pages });
+            }
+            Ok(engine.clear_dirty(slot, (first_page / 64) as usize, bitmap, &handle))
+        })?
+    }
+
+    /// Takes pages that dirty rings have listed out of their slots' logs (KVM_RESET_DIRTY_RINGS):
+    /// a page that is written from now on is listed again. Copy them after this. Returns how many the
+    /// logs had; pages of slots that are gone are passed over.
+    ///
+    /// # Errors
+    ///
+    /// [`DirtyLogError::WouldDeadlock`].
+    pub fn reset_dirty_pages(&self, pages: &[DirtyPage]) -> Result<u64, DirtyLogError> {
+        self.engine.may_wait()?;
+        let handle = self.engine.collector.register();
+        Ok(self.engine.reset_dirty(&self.engine.memory.snapshot(), pages, &handle))
+    }
+
+    fn with_log<R>(
+        &self,
+        id: SlotId,
+        given: usize,
+        body: impl FnOnce(&Arc<Slot>) -> R,
+    ) -> Result<R, DirtyLogError> {
+        self.engine.may_wait()?;
         let map = self.engine.memory.snapshot();
         let slot = map.by_id(id).ok_or(DirtyLogError::NoSuchSlot(id))?;
         if !slot.logs_dirty() {
             return Err(DirtyLogError::NotLogging(id));
         }
-        let (needed, given) = (slot.pages().div_ceil(64) as usize, bitmap.len());
+        let needed = slot.pages().div_ceil(64) as usize;
         if given < needed {
             return Err(DirtyLogError::TooShort { id, needed, given });
         }
-        Ok(self.engine.harvest(slot, bitmap, &self.engine.collector.register()))
+        Ok(body(slot))
     }
 
     /// Writes guest-physical memory for a device: tells the shadow and the dirty log. Returns how
@@ -154,13 +303,112 @@ impl Mmu {
         let handle = self.engine.collector.register();
         let guard = handle.pin();
         let map = self.engine.memory.load(&guard);
-        self.engine.write_phys(&self.engine.stats, &guard, map, gpa, bytes)
+        self.engine.write_phys(&self.engine.stats, &guard, map, None, gpa, bytes)
     }
 
-    /// Tears the whole shadow down; faults build it again.
-    pub fn zap_all(&self) {
+    /// Tells the shadow of a write past the engine to `len` bytes at `gpa`, through a pinned page or
+    /// the VMM's own mapping: what was derived from guest page tables there is dropped. Until then it
+    /// is stale, as a processor's translations are.
+    pub fn note_write(&self, gpa: Gpa, len: u64) {
         let handle = self.engine.collector.register();
-        self.engine.zap_all(&mut handle.pin());
+        let guard = handle.pin();
+        let map = self.engine.memory.load(&guard);
+        let len = len.min((1 << PHYSICAL_BITS) - gpa.0.min(1 << PHYSICAL_BITS));
+        self.engine.guest_wrote(&self.engine.stats, &guard, map, gpa, len);
+    }
+
+    /// Tears the whole shadow down, in constant time: vCPUs build another one from their next entry
+    /// on, and the faults that follow free the old one a few pages at a time; [`Mmu::maintain`] frees
+    /// what is left.
+    pub fn zap_all(&self) {
+        self.engine.zap_all();
+    }
+
+    /// Sets how many shadow pages there may be (KVM_SET_NR_MMU_PAGES); `None` for the default, a
+    /// fiftieth of the memory's pages. Beyond that, pages that no fault has used lately are torn
+    /// down for new ones.
+    ///
+    /// # Errors
+    ///
+    /// [`QuotaError`], which names the values; nothing has changed then.
+    pub fn set_nr_mmu_pages(&self, pages: impl Into<Option<u64>>) -> Result<(), QuotaError> {
+        self.engine.set_quota(pages.into())
+    }
+
+    /// How many shadow pages there may be, and how many there are; those included that processors may
+    /// still remember.
+    #[must_use]
+    pub fn nr_mmu_pages(&self) -> (u64, u64) {
+        let (quota, used) = self.engine.quota_and_used();
+        (quota.into(), used.into())
+    }
+
+    /// Takes a range of guest memory away from every processor until the result is dropped: when this
+    /// returns no vCPU uses it, and faults on it stall. For a host that is about to discard, swap, copy
+    /// or replace what is behind it.
+    ///
+    /// # Errors
+    ///
+    /// [`RangeError`], which names the values; nothing has changed then.
+    pub fn invalidate(&self, range: PageRange) -> Result<Invalidation, RangeError> {
+        self.engine.invalidate(range)
+    }
+
+    /// Makes a range of guest memory read-only for every processor, or writable again: the host has
+    /// merged or shares the pages, or wants to copy them before they change. A guest's write is an
+    /// [`Outcome::HostReadOnly`](crate::shadow::Outcome::HostReadOnly) then.
+    ///
+    /// # Errors
+    ///
+    /// [`RangeError`], which names the values; nothing has changed then.
+    pub fn set_host_writable(&self, range: PageRange, writable: bool) -> Result<(), RangeError> {
+        self.engine.set_host_writable(range, writable)
+    }
+
+    /// Reports the pages of a range that processors have used since their entries were made or aged:
+    /// `report` gets the slot, the index in it of a page (a multiple of 64), and a bit for each page
+    /// from there on. Returns the number of pages.
+    ///
+    /// # Errors
+    ///
+    /// [`RangeError`], which names the values.
+    pub fn test_young(
+        &self,
+        range: PageRange,
+        report: impl FnMut(&Slot, u64, u64),
+    ) -> Result<u64, RangeError> {
+        self.engine.young(range, false, report)
+    }
+
+    /// As [`Mmu::test_young`]; the pages count as unused from now on. A vCPU that stays inside the
+    /// guest may use what it remembers unnoticed until it drains.
+    ///
+    /// # Errors
+    ///
+    /// [`RangeError`], which names the values.
+    pub fn clear_young(
+        &self,
+        range: PageRange,
+        report: impl FnMut(&Slot, u64, u64),
+    ) -> Result<u64, RangeError> {
+        self.engine.young(range, true, report)
+    }
+
+    /// Waits until every read section that is open now has ended, and no vCPU uses anything that was
+    /// taken away before this call.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldDeadlock`].
+    pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
+        self.engine.synchronize()
+    }
+
+    /// Says that this thread resolves faults of guest memory (userfaultfd) while the result lives.
+    /// Readers and vCPUs may wait for it in the middle of an access, so every call that would wait for
+    /// them refuses this thread (R32).
+    pub fn resolver(&self) -> Resolver {
+        Resolver { _mark: Mark::new(self.engine.id(), WouldDeadlock::Resolver) }
     }
 
     /// Adds a vCPU with these registers.
@@ -216,10 +464,10 @@ impl Mmu {
         self.engine.audit(&guard)
     }
 
-    /// Hands this thread's garbage on and frees what can be freed; for VMs that idle.
+    /// Tears down what is left of zapped trees and frees what can be freed; for VMs that idle. Waits
+    /// for nobody.
     pub fn maintain(&self) {
-        self.engine.collector.register().pin().flush();
-        self.engine.memory.reclaim();
+        self.engine.maintain();
     }
 }
 
@@ -230,7 +478,7 @@ pub enum DirtyLogError {
     /// No such slot.
     #[error("{0} does not exist")]
     NoSuchSlot(SlotId),
-    /// The slot was created without a log.
+    /// The slot does not log now.
     #[error("{0} does not log dirty pages")]
     NotLogging(SlotId),
     /// The caller's bitmap cannot hold the log.
@@ -243,4 +491,38 @@ pub enum DirtyLogError {
         /// Words given.
         given: usize,
     },
+    /// The range to clear does not begin at a multiple of 64 or runs past the slot.
+    #[error(
+        "{id}: pages from {first_page} on are no range of its {pages} pages that begins at a multiple of 64"
+    )]
+    BadRange {
+        /// The slot.
+        id: SlotId,
+        /// First page given.
+        first_page: u64,
+        /// Pages of the slot.
+        pages: u64,
+    },
+    /// The calling thread must not wait.
+    #[error(transparent)]
+    WouldDeadlock(#[from] WouldDeadlock),
+}
+
+/// Why a page could not be pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PinError {
+    /// No memslot there.
+    #[error("no memory at guest-physical {0}")]
+    NoMemory(Gpa),
+    /// The slot, or the host, forbids writing.
+    #[error("the page at guest-physical {0} is read-only")]
+    ReadOnly(Gpa),
+}
+
+/// The thread that made it resolves faults of guest memory: [`Mmu::resolver`].
+#[derive(Debug)]
+#[must_use = "the thread is a resolver while this lives"]
+pub struct Resolver {
+    _mark: Mark,
 }

@@ -474,7 +474,7 @@ fn tables_outside() {
             regs.cr3 = 0x10000;
         }
         let mode = PagingMode::new(&regs).unwrap();
-        assert_eq!(mode.root_is_inside(&guest.map, &Hint::default()), level != 4);
+        assert_eq!(mode.root_is_inside(&guest.map), level != 4);
         let fault = mode.walk(&guest.map, &Hint::default(), Gva(GVA), Access::write().user());
         let fault = fault.unwrap_err();
         assert_eq!((fault.vector, fault.error_code), (14, 6));

@@ -108,7 +108,7 @@ impl<'m> Both<'m> {
             // A move is both, as long as guests see neither place meanwhile.
             delete()?;
             create(to)?;
-            delete()
+            delete().map(drop)
         };
         let (ns, disturbed) = beside(effort, walk, cycle)?;
         let map = vm.mmu().memory();

@@ -32,6 +32,7 @@ impl From<AccessError> for Miss {
             AccessError::Fault(fault) => Crash::Fault(fault),
             AccessError::Unsupported { gva, size } => Crash::Locked { gva, size },
             AccessError::Mmio { gpa, .. } => return Self::NoMemory(gpa),
+            AccessError::HostReadOnly { gpa } => Crash::HostReadOnly(gpa),
         }))
     }
 }
@@ -44,6 +45,8 @@ impl From<SoftExit> for Miss {
             SoftExit::Reserved(gva) => Crash::Reserved(gva),
             SoftExit::Unsupported { gva, size } => Crash::Locked { gva, size },
             SoftExit::Mmio(gpa) => return Self::NoMemory(gpa),
+            SoftExit::HostReadOnly(gpa) => Crash::HostReadOnly(gpa),
+            SoftExit::RingFull => Crash::RingFull,
         }))
     }
 }

@@ -81,6 +81,7 @@ impl KvmCpu {
                 Entry::Run { root, generation } => (root, generation),
                 Entry::Exit => return Ok(Event::Stopped),
                 Entry::RootOutside => return Err(Crash::RootOutside),
+                Entry::RingFull => return Err(Crash::RingFull),
             };
             let exit = match self.kvm.set_root(root.0) {
                 Ok(()) => self.kvm.run(generation.number()),
@@ -119,6 +120,7 @@ impl KvmCpu {
             Ok(Outcome::Fixed) => Ok(()),
             Ok(Outcome::Guest(fault)) => Err(Crash::Fault(fault)),
             Ok(Outcome::Reserved) => Err(Crash::Reserved(gva)),
+            Ok(Outcome::HostReadOnly { gpa }) => Err(Crash::HostReadOnly(gpa)),
             Ok(Outcome::Emulate { .. } | Outcome::Mmio { .. }) => self.emulate().map(drop),
             Err(stall) => self.wait(stall),
         }

@@ -40,6 +40,12 @@ pub enum Crash {
     /// An access to guest-physical memory where there is no memory and no device.
     #[error("access to guest-physical {0}, where there is neither memory nor a device")]
     NoDevice(Gpa),
+    /// A write to a page that the host has made read-only: this backend has no use for that yet.
+    #[error("write to guest-physical {0}, which the host has made read-only")]
+    HostReadOnly(Gpa),
+    /// The vCPU's dirty ring is full: this backend harvests bitmaps.
+    #[error("the dirty ring is full")]
+    RingFull,
     /// The guest's CR3 points at no memory: the processor would shut down.
     #[error("CR3 points at no memory")]
     RootOutside,

@@ -4,6 +4,7 @@
 //! Guest memory is shared with running vCPUs, so this crate sees it only as atomic 8-byte words,
 //! never as plain memory: `unsafe` is needed here to say that of memory from elsewhere.
 
+use super::DirtyLog;
 use crate::addr::{ENTRIES, Machine, PAGE_SIZE};
 use crate::sync::AtomicU64;
 use core::fmt;
@@ -26,6 +27,13 @@ pub unsafe trait Backing: Send + Sync + fmt::Debug {
     /// process unless told otherwise.
     fn machine(&self) -> Machine {
         Machine(self.words().as_ptr() as u64)
+    }
+
+    /// The log that writes to the memory that pass by the engine are recorded in, if there is one:
+    /// bit `n` is the memory's page `n`, and the same log is returned each time. A slot that logs
+    /// uses it as its own.
+    fn dirty_log(&self) -> Option<&DirtyLog> {
+        None
     }
 
     /// Size in bytes.

@@ -3,8 +3,9 @@
 
 use super::SlotId;
 use crate::addr::{Gpa, Machine};
+use crate::sync::WouldDeadlock;
 
-/// Why a memslot could not be created or deleted. Nothing has changed.
+/// Why a memslot could not be created, changed or deleted. Nothing has changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SlotError {
@@ -85,6 +86,24 @@ pub enum SlotError {
         size: u64,
         /// The backing's size in bytes.
         backing: u64,
+    },
+    /// The backing's own dirty log is too short for the region.
+    #[error("{id}: the backing's dirty log has {log} pages, the slot {pages}")]
+    LogTooSmall {
+        /// The slot asked for.
+        id: SlotId,
+        /// Pages of the slot.
+        pages: u64,
+        /// Pages of the log.
+        log: u64,
+    },
+    /// The calling thread must not wait.
+    #[error("{id}: {why}")]
+    WouldDeadlock {
+        /// The slot asked for.
+        id: SlotId,
+        /// Why it must not.
+        why: WouldDeadlock,
     },
     /// The slot number is in use.
     #[error("{0} exists already")]

@@ -1,32 +1,111 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The published map of memslots, and reads and writes through it.
 
-use super::index::{Index, View};
-use super::{Slot, SlotConfig, SlotError, SlotId};
+use super::alias::{Alias, AliasError};
+use super::ranges::Ranges;
+use super::slot::Page;
+use super::{DirtyRing, Region, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
 use crate::addr::{Gfn, Gpa, Machine, PAGE_SHIFT, PAGE_SIZE};
-use crate::sync::{AtomicU64, Life, Ordering, Snapshot};
+use crate::memory::PAGE_WORDS;
+use crate::sync::{AtomicU64, Life, Ordering, Snapshot, unique};
 use core::cell::Cell;
+use core::ops::Range;
+use core::ptr::NonNull;
 use std::sync::Arc;
 
 /// Most slots of one map.
-const MAX_SLOTS: usize = 32_764;
+pub const MAX_SLOTS: usize = 32_764;
 
-/// Remembers where the last look-up ended, so that the next one in the same slot costs an add and
-/// a compare. Belongs to one reader.
+/// A stretch of guest-physical memory, as a look-up finds it.
+#[derive(Clone, Debug)]
+struct Place {
+    /// The first word: of the slot, or of the part that an alias shows.
+    words: NonNull<AtomicU64>,
+    slot: Arc<Slot>,
+}
+
+// SAFETY: `words` points to memory shared as atomics, which the slot keeps alive.
+unsafe impl Send for Place {}
+// SAFETY: as above.
+unsafe impl Sync for Place {}
+
+impl Place {
+    fn new(slot: Arc<Slot>, first: usize) -> Self {
+        let words = NonNull::from(&slot.region().words()[first * PAGE_WORDS]);
+        Self { words, slot }
+    }
+
+    /// The same from `pages` on.
+    fn from(&self, pages: u64) -> Self {
+        Self::new(Arc::clone(&self.slot), self.first() + pages as usize)
+    }
+
+    /// Index in the slot of the first page.
+    #[inline]
+    fn first(&self) -> usize {
+        let words = self.slot.region().words().as_ptr();
+        (self.words.as_ptr() as usize - words as usize) / (PAGE_WORDS * size_of::<AtomicU64>())
+    }
+}
+
+/// A slot's memory, or the part that an alias shows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct View<'m> {
+    /// First guest-physical byte.
+    pub(crate) base: Gpa,
+    pub(crate) words: &'m [AtomicU64],
+}
+
+/// Remembers where the last look-up ended, so that the next one in the same stretch costs an add
+/// and a compare. A vCPU's also knows its dirty ring. Belongs to one reader.
 #[derive(Clone, Debug, Default)]
-pub struct Hint(Cell<u32>);
+pub struct Hint {
+    last: Cell<Last>,
+    ring: Option<Arc<DirtyRing>>,
+}
+
+impl Hint {
+    /// Where pages that this reader dirties are listed.
+    pub(crate) fn ring(&self) -> Option<&DirtyRing> {
+        self.ring.as_deref()
+    }
+
+    pub(crate) fn set_ring(&mut self, ring: Option<Arc<DirtyRing>>) {
+        self.ring = ring;
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Last {
+    /// The map that it was found in.
+    map: u64,
+    /// First guest frame, and number of them.
+    base: u64,
+    pages: u64,
+    words: Option<NonNull<AtomicU64>>,
+}
+
+// SAFETY: the pointer is used only while the map that it was found in is borrowed.
+unsafe impl Send for Hint {}
 
 /// An immutable map from guest-physical memory to memslots.
 #[derive(Debug)]
 pub struct MemoryMap {
+    /// No other map in this process has it.
+    id: u64,
+    /// By guest frame, with aliases resolved.
+    places: Ranges<Place>,
     generation: u64,
-    /// Sorted by guest frame.
-    slots: Box<[Arc<Slot>]>,
-    /// Of `slots`.
-    index: Index,
-    /// Sorted by machine address. Also holds slots that are being deleted: until every shadow
-    /// entry that maps their memory is gone, its page must be found from the entry (R14, R27).
-    by_machine: Box<[Arc<Slot>]>,
+    /// By guest frame, without aliases.
+    slots: Ranges<Place>,
+    /// By machine frame. Also holds slots that are being deleted: until every shadow entry that
+    /// maps their memory is gone, its page must be found from the entry (R14, R27).
+    by_machine: Ranges<Arc<Slot>>,
+    by_id: Ranges<Arc<Slot>>,
+    /// By number.
+    aliases: Arc<[Alias]>,
+    /// Of all slots.
+    pages: u64,
     life: Life,
 }
 
@@ -36,13 +115,30 @@ impl Snapshot for MemoryMap {
     }
 }
 
+fn frames(slot: &Slot) -> Range<u64> {
+    slot.base().0..slot.base().0 + slot.pages()
+}
+
+fn machine_frames(region: &Region) -> Range<u64> {
+    let first = region.machine().0 >> PAGE_SHIFT;
+    first..first + region.pages()
+}
+
+fn number(id: SlotId) -> Range<u64> {
+    u64::from(id.0)..u64::from(id.0) + 1
+}
+
 impl MemoryMap {
     pub(super) fn empty() -> Self {
         Self {
+            id: unique(),
+            places: Ranges::default(),
             generation: 0,
-            slots: [].into(),
-            index: Index::default(),
-            by_machine: [].into(),
+            slots: Ranges::default(),
+            by_machine: Ranges::default(),
+            by_id: Ranges::default(),
+            aliases: [].into(),
+            pages: 0,
             life: Life::default(),
         }
     }
@@ -58,58 +154,128 @@ impl MemoryMap {
 
     /// The map with one slot more.
     pub(crate) fn with(&self, config: SlotConfig) -> Result<Self, SlotError> {
-        let id = config.id;
-        let base = config.base;
-        let slot = Slot::new(config)?;
+        let slot = Arc::new(Slot::new(config)?);
+        let id = slot.id();
         if self.by_id(id).is_some() {
             return Err(SlotError::Exists(id));
         }
         if self.slots.len() >= MAX_SLOTS {
             return Err(SlotError::TooMany { id, limit: MAX_SLOTS });
         }
-        let at = self.slots.partition_point(|s| s.base() < slot.base());
-        let end = slot.base().0 + slot.pages();
-        let before = at.checked_sub(1).and_then(|i| self.slots.get(i));
-        let before = before.filter(|s| s.contains(slot.base()));
-        if let Some(other) = before.or(self.slots.get(at).filter(|s| s.base().0 < end)) {
-            return Err(SlotError::Overlap { id, base, other: other.id() });
-        }
-        let machine = slot.machine();
-        let machine_end = machine.0 + (slot.pages() << PAGE_SHIFT);
-        let at_machine = self.by_machine.partition_point(|s| s.machine() < machine);
-        let before = at_machine.checked_sub(1).and_then(|i| self.by_machine.get(i));
-        let before = before.filter(|s| s.machine().0 + (s.pages() << PAGE_SHIFT) > machine.0);
-        let after = self.by_machine.get(at_machine).filter(|s| s.machine().0 < machine_end);
-        if let Some(other) = before.or(after) {
+        self.check_overlap(&slot)?;
+        let machine = machine_frames(slot.region());
+        if let Some((_, other)) = self.by_machine.overlapping(machine.clone()).next() {
+            let machine = slot.machine();
             return Err(SlotError::SharedBacking { id, machine, other: other.id() });
         }
-        let slot = Arc::new(slot);
-        let mut slots = self.slots.to_vec();
-        slots.insert(at, Arc::clone(&slot));
-        let mut by_machine = self.by_machine.to_vec();
-        by_machine.insert(at_machine, slot);
-        Ok(self.next(slots, by_machine))
+        slot.region().dirty.reset();
+        slot.region().dirty.set_enabled(slot.logs_dirty());
+        let pages = self.pages + slot.pages();
+        Ok(self.next(
+            self.slots.insert(frames(&slot), Place::new(Arc::clone(&slot), 0)),
+            self.by_machine.insert(machine, Arc::clone(&slot)),
+            self.by_id.insert(number(id), slot),
+            &self.aliases,
+            pages,
+        ))
+    }
+
+    fn check_overlap(&self, slot: &Slot) -> Result<(), SlotError> {
+        let mut there = self.slots.overlapping(frames(slot)).map(|(_, place)| place.slot.id());
+        match there.find(|other| *other != slot.id()) {
+            Some(other) => {
+                Err(SlotError::Overlap { id: slot.id(), base: slot.base().gpa(), other })
+            }
+            None => Ok(()),
+        }
     }
 
     /// The map without the slot: guest-physical look-ups miss it, machine look-ups still find it.
     pub(crate) fn hiding(&self, id: SlotId) -> Result<(Self, Arc<Slot>), SlotError> {
         let slot = Arc::clone(self.by_id(id).ok_or(SlotError::NoSuchSlot(id))?);
-        let slots = self.slots.iter().filter(|s| s.id() != id).cloned().collect();
-        Ok((self.next(slots, self.by_machine.to_vec()), slot))
+        let slots = self.slots.remove(slot.base().0);
+        let by_id = self.by_id.remove(u64::from(id.0));
+        let pages = self.pages - slot.pages();
+        Ok((self.next(slots, self.by_machine.clone(), by_id, &self.aliases, pages), slot))
     }
 
     /// The map in which machine look-ups miss the slot as well.
-    pub(crate) fn forgetting(&self, slot: &Arc<Slot>) -> Self {
-        let by_machine = self.by_machine.iter().filter(|s| !Arc::ptr_eq(s, slot)).cloned();
-        self.next(self.slots.to_vec(), by_machine.collect())
+    pub(crate) fn forgetting(&self, slot: &Slot) -> Self {
+        let by_machine = self.by_machine.remove(machine_frames(slot.region()).start);
+        self.next(self.slots.clone(), by_machine, self.by_id.clone(), &self.aliases, self.pages)
     }
 
-    fn next(&self, slots: Vec<Arc<Slot>>, by_machine: Vec<Arc<Slot>>) -> Self {
+    /// The map with the slot at another place.
+    pub(crate) fn moving(&self, id: SlotId, base: Gpa) -> Result<Self, SlotError> {
+        let old = self.by_id(id).ok_or(SlotError::NoSuchSlot(id))?;
+        let slot = old.at(base)?;
+        self.check_overlap(&slot)?;
+        Ok(self.replacing(slot))
+    }
+
+    /// The map with the slot's flags changed.
+    pub(crate) fn flagged(&self, id: SlotId, flags: SlotFlags) -> Result<Self, SlotError> {
+        let old = self.by_id(id).ok_or(SlotError::NoSuchSlot(id))?;
+        Ok(self.replacing(old.with_flags(flags)))
+    }
+
+    /// The map with this slot in the place of the one with its number.
+    fn replacing(&self, slot: Slot) -> Self {
+        let slot = Arc::new(slot);
+        let id = number(slot.id());
+        let old = self.by_id.get(id.start).map_or(slot.base(), |(old, _)| old.base());
+        let machine = machine_frames(slot.region());
+        let place = Place::new(Arc::clone(&slot), 0);
+        self.next(
+            self.slots.remove(old.0).insert(frames(&slot), place),
+            self.by_machine.remove(machine.start).insert(machine, Arc::clone(&slot)),
+            self.by_id.remove(id.start).insert(id, slot),
+            &self.aliases,
+            self.pages,
+        )
+    }
+
+    /// The map with the alias set.
+    pub(crate) fn with_alias(&self, alias: Alias) -> Result<Self, AliasError> {
+        alias.check()?;
+        let others = self.aliases.iter().filter(|other| other.number != alias.number);
+        let mut aliases: Vec<_> = others.copied().chain([alias]).collect();
+        aliases.sort_by_key(|alias| alias.number);
+        Ok(self.with_aliases(&aliases.into()))
+    }
+
+    /// The map without the alias.
+    pub(crate) fn without_alias(&self, number: u32) -> Result<Self, AliasError> {
+        let aliases: Vec<_> =
+            self.aliases.iter().filter(|alias| alias.number != number).copied().collect();
+        if aliases.len() == self.aliases.len() {
+            return Err(AliasError::NoSuchAlias(number));
+        }
+        Ok(self.with_aliases(&aliases.into()))
+    }
+
+    fn with_aliases(&self, aliases: &Arc<[Alias]>) -> Self {
+        let (slots, by_machine) = (self.slots.clone(), self.by_machine.clone());
+        self.next(slots, by_machine, self.by_id.clone(), aliases, self.pages)
+    }
+
+    fn next(
+        &self,
+        slots: Ranges<Place>,
+        by_machine: Ranges<Arc<Slot>>,
+        by_id: Ranges<Arc<Slot>>,
+        aliases: &Arc<[Alias]>,
+        pages: u64,
+    ) -> Self {
         Self {
+            id: unique(),
+            places: resolve(&slots, aliases),
             generation: self.generation + 1,
-            index: Index::new(&slots),
-            slots: slots.into(),
-            by_machine: by_machine.into(),
+            slots,
+            by_machine,
+            by_id,
+            aliases: Arc::clone(aliases),
+            pages,
             life: Life::default(),
         }
     }
@@ -122,65 +288,114 @@ impl MemoryMap {
 
     /// The slots, by guest frame.
     pub fn slots(&self) -> impl ExactSizeIterator<Item = &Arc<Slot>> {
-        self.slots.iter()
+        self.slots.iter().map(|(_, place)| &place.slot)
+    }
+
+    /// Pages of all slots.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The aliases, by number.
+    #[must_use]
+    pub fn aliases(&self) -> &[Alias] {
+        &self.aliases
     }
 
     /// The slot with this number.
     #[must_use]
     pub fn by_id(&self, id: SlotId) -> Option<&Arc<Slot>> {
-        self.slots.iter().find(|s| s.id() == id)
+        self.life.check();
+        self.by_id.get(u64::from(id.0)).map(|(slot, _)| slot)
     }
 
-    /// The slot that holds the frame.
+    /// The slot whose memory is at the frame, under its own name or an alias's.
     #[inline]
     #[must_use]
-    pub fn slot(&self, gfn: Gfn, hint: &Hint) -> Option<&Arc<Slot>> {
-        self.life.check();
-        let at = self.index.find(gfn, hint.0.get() as usize)?;
-        hint.0.set(at as u32);
-        self.slots.get(at)
+    pub fn slot(&self, gfn: Gfn) -> Option<&Arc<Slot>> {
+        self.page(gfn).map(|page| page.slot)
     }
 
-    /// The memory of the slot that holds the frame.
+    /// The page at the frame.
+    #[inline]
+    pub(crate) fn page(&self, gfn: Gfn) -> Option<Page<'_>> {
+        self.life.check();
+        let (place, offset) = self.places.get(gfn.0)?;
+        Some(Page { slot: &place.slot, index: place.first() + offset as usize })
+    }
+
+    /// The stretches of slots in a range of guest frames: what they are, and their page indices.
+    pub(crate) fn stretches(
+        &self,
+        gfns: Range<u64>,
+    ) -> impl Iterator<Item = (&Arc<Slot>, Range<usize>)> {
+        self.places.overlapping(gfns.clone()).map(move |(range, place)| {
+            let from = gfns.start.max(range.start) - range.start;
+            let to = gfns.end.min(range.end) - range.start;
+            (&place.slot, place.first() + from as usize..place.first() + to as usize)
+        })
+    }
+
+    /// Whether machine look-ups lead to the region.
+    pub(super) fn has(&self, region: &Region) -> bool {
+        let found = self.by_machine.get(region.machine().0 >> PAGE_SHIFT);
+        found.is_some_and(|(slot, _)| core::ptr::eq(&**slot.region(), region))
+    }
+
+    /// The memory around the frame.
     #[inline]
     pub(crate) fn view(&self, gfn: Gfn, hint: &Hint) -> Option<View<'_>> {
         self.life.check();
-        let at = self.index.find(gfn, hint.0.get() as usize)?;
-        hint.0.set(at as u32);
-        self.view_at(at)
+        let mut last = hint.last.get();
+        if last.map != self.id || gfn.0.wrapping_sub(last.base) >= last.pages {
+            last = self.look_up(gfn)?;
+            hint.last.set(last);
+        }
+        self.view_of(last)
     }
 
     /// The same, neither trying nor changing a hint.
     #[inline]
     pub(crate) fn view_unhinted(&self, gfn: Gfn) -> Option<View<'_>> {
         self.life.check();
-        self.view_at(self.index.search(gfn)?)
+        self.view_of(self.look_up(gfn)?)
     }
 
     #[inline]
-    fn view_at(&self, at: usize) -> Option<View<'_>> {
-        let slot = self.index.slot(at)?;
-        // SAFETY: `slots` keeps the slot alive as long as this map lives, and with it the memory,
-        // which `Backing` promises to stay where it is and to be used as atomics only.
-        Some(View { base: slot.base().gpa(), words: unsafe { slot.words().as_ref() } })
+    fn look_up(&self, gfn: Gfn) -> Option<Last> {
+        let (range, place) = self.places.range_of(gfn.0)?;
+        let pages = range.end - range.start;
+        Some(Last { map: self.id, base: range.start, pages, words: Some(place.words) })
     }
 
-    /// The slot and page index that a machine address belongs to.
+    #[inline]
+    fn view_of(&self, found: Last) -> Option<View<'_>> {
+        let words = NonNull::slice_from_raw_parts(found.words?, found.pages as usize * PAGE_WORDS);
+        // SAFETY: `found` is of this map, which keeps the slot alive as long as it lives, and with
+        // it the memory, which `Backing` promises to stay where it is and to be used as atomics
+        // only. A place has as many pages as its range.
+        Some(View { base: Gfn(found.base).gpa(), words: unsafe { words.as_ref() } })
+    }
+
+    /// The page that a machine address belongs to.
     #[must_use]
-    pub(crate) fn by_machine(&self, machine: Machine) -> Option<(&Arc<Slot>, usize)> {
+    pub(crate) fn by_machine(&self, machine: Machine) -> Option<Page<'_>> {
         self.life.check();
-        let at = self.by_machine.partition_point(|s| s.machine() <= machine).checked_sub(1)?;
-        let slot = &self.by_machine[at];
-        let index = (machine.0 - slot.machine().0) >> PAGE_SHIFT;
-        (index < slot.pages()).then_some((slot, index as usize))
+        let (slot, index) = self.by_machine.get(machine.0 >> PAGE_SHIFT)?;
+        Some(Page { slot, index: index as usize })
     }
 
     /// The 8-byte word at `gpa` (rounded down to a multiple of 8), if it lies in a slot.
     #[inline]
     #[must_use]
     pub fn word(&self, gpa: Gpa, hint: &Hint) -> Option<&AtomicU64> {
-        let slot = self.slot(gpa.gfn(), hint)?;
-        slot.word(slot.index_of(gpa.gfn()), gpa.page_offset())
+        let View { base, words } = self.view(gpa.gfn(), hint)?;
+        let offset = gpa.0 - base.0;
+        let word = (offset % PAGE_SIZE / 8) as usize;
+        if cfg!(loom) && word >= PAGE_WORDS {
+            return None;
+        }
+        words.get((offset / PAGE_SIZE) as usize * PAGE_WORDS + word)
     }
 
     /// Copies guest-physical memory out; returns how many bytes could be read before the first
@@ -205,23 +420,38 @@ impl MemoryMap {
     /// be written before the first one that lies in no slot. Marks the pages dirty after the
     /// bytes are there (R13). A part of an aligned word is written atomically together with the
     /// rest of the word as it is.
-    pub(crate) fn write(&self, gpa: Gpa, bytes: &[u8]) -> usize {
-        let hint = Hint::default();
+    pub(crate) fn write(&self, gpa: Gpa, bytes: &[u8], ring: Option<&DirtyRing>) -> usize {
         let mut done = 0;
         while done < bytes.len() {
             let at = gpa.wrapping_add(done as u64);
-            let Some(slot) = self.slot(at.gfn(), &hint) else { break };
-            let index = slot.index_of(at.gfn());
+            let Some(found) = self.page(at.gfn()) else { break };
             let page = ((PAGE_SIZE - at.page_offset()) as usize).min(bytes.len() - done);
             for (word, value, mask) in words_of(at.page_offset(), &bytes[done..done + page]) {
-                let Some(cell) = slot.word(index, word) else { return done };
+                let Some(cell) = found.word(word) else { return done };
                 store_masked(cell, value, mask);
             }
-            slot.mark_dirty(index);
+            found.mark_dirty(ring);
             done += page;
         }
         done
     }
+}
+
+/// Lays aliases over slots; of two that overlap, the one with the smaller number on top.
+fn resolve(slots: &Ranges<Place>, aliases: &[Alias]) -> Ranges<Place> {
+    let mut places = slots.clone();
+    for alias in aliases.iter().rev() {
+        let (base, target) = (alias.base.gfn().0, alias.target.gfn().0);
+        let pages = alias.size >> PAGE_SHIFT;
+        places = places.cut(base..base + pages, Place::from);
+        for (range, place) in slots.overlapping(target..target + pages) {
+            let from = range.start.max(target);
+            let to = range.end.min(target + pages);
+            let named = base + (from - target)..base + (to - target);
+            places = places.insert(named, place.from(from - range.start));
+        }
+    }
+    places
 }
 
 /// Splits bytes at `offset` into aligned words: (offset of the word, value, mask).
@@ -322,18 +552,17 @@ mod tests {
     #[test]
     fn finds_slots_by_frame_and_by_machine_address() {
         let m = map(&[(3, 0x8000, 0x2000), (1, 0, 0x1000), (2, 0x20000, 0x3000)]);
-        let hint = Hint::default();
-        let id = |gfn| m.slot(Gfn(gfn), &hint).map(|s| s.id().0);
+        let id = |gfn| m.slot(Gfn(gfn)).map(|s| s.id().0);
         let found: Vec<_> = [0, 1, 8, 9, 10, 0x20, 0x22, 0x23, 8, 0].map(id).into();
         assert_eq!(
             found,
             [Some(1), None, Some(3), Some(3), None, Some(2), Some(2), None, Some(3), Some(1)]
         );
         let slot = m.by_id(SlotId(2)).unwrap();
-        let (found, index) = m.by_machine(Machine(slot.machine_of(2).0 + 5)).unwrap();
-        assert_eq!((found.id(), index), (SlotId(2), 2));
+        let found = m.by_machine(Machine(slot.machine().0 + 0x2005)).unwrap();
+        assert_eq!((found.slot.id(), found.index), (SlotId(2), 2));
         let (hidden, slot) = m.hiding(SlotId(2)).unwrap();
-        assert!(hidden.slot(Gfn(0x20), &hint).is_none());
+        assert!(hidden.slot(Gfn(0x20)).is_none());
         assert!(hidden.by_machine(slot.machine()).is_some());
         assert!(hidden.forgetting(&slot).by_machine(slot.machine()).is_none());
     }
@@ -343,18 +572,18 @@ mod tests {
         let m = map(&[(0, 0, 0x1000), (1, 0x1000, 0x2000)]);
         let bytes: Vec<u8> = (0..100).collect();
         for at in [0, 3, 0xfc3, 0x1ffd] {
-            assert_eq!(m.write(Gpa(at), &bytes), 100);
+            assert_eq!(m.write(Gpa(at), &bytes, None), 100);
             let mut back = [0; 100];
             assert_eq!(m.read(Gpa(at), &mut back), 100);
             assert_eq!(back[..], bytes[..]);
         }
-        m.write(Gpa(8), &[0xff; 8]);
-        m.write(Gpa(11), &[1, 2]);
+        m.write(Gpa(8), &[0xff; 8], None);
+        m.write(Gpa(11), &[1, 2], None);
         assert_eq!(
             m.word(Gpa(8), &Hint::default()).unwrap().load(Ordering::Relaxed),
             0xffff_ff02_01ff_ffff
         );
-        assert_eq!(m.write(Gpa(0x2ffe), &bytes), 2);
+        assert_eq!(m.write(Gpa(0x2ffe), &bytes, None), 2);
         assert_eq!(m.read(Gpa(0x2ffe), &mut [0; 9]), 2);
         assert_eq!(m.read(Gpa(0x3000), &mut [0; 9]), 0);
     }
@@ -362,11 +591,12 @@ mod tests {
     #[test]
     fn logs_writes() {
         let m = MemoryMap::empty().with(slot(0, 0, 0x80000).log_dirty()).unwrap();
-        m.write(Gpa(0xfff), &[1, 2]);
-        m.write(Gpa(0x41000), &[1]);
+        m.write(Gpa(0xfff), &[1, 2], None);
+        m.write(Gpa(0x41000), &[1], None);
         let s = m.by_id(SlotId(0)).unwrap();
-        assert!(s.is_dirty(0x41) && !s.is_dirty(2));
-        assert_eq!((s.take_dirty(0), s.take_dirty(1), s.take_dirty(9)), (3, 2, 0));
-        assert_eq!(s.take_dirty(0), 0);
+        let take = |word| s.region().dirty.clear(word, u64::MAX);
+        assert!(s.region().dirty.is_dirty(0x41) && !s.region().dirty.is_dirty(2));
+        assert_eq!((take(0), take(1), take(9)), (3, 2, 0));
+        assert_eq!(take(0), 0);
     }
 }

@@ -7,27 +7,41 @@
 //! ([`crate::Mmu::memory`]). What successive maps share of a slot, its dirty bitmap and its reverse
 //! maps, lives in the slot itself.
 
+mod alias;
 mod backing;
+mod dirty;
 mod error;
-mod index;
+mod invalid;
 mod map;
+mod pin;
+mod ranges;
+mod region;
+mod ring;
 mod slot;
 #[cfg(all(feature = "vm-memory", not(loom)))]
 mod vm_memory;
 
+pub use alias::{Alias, AliasError, MAX_ALIASES};
 pub(crate) use backing::PAGE_WORDS;
 pub use backing::{AllocatedMemory, Backing, OutOfMemory};
+#[cfg(all(feature = "vm-memory", not(loom)))]
+pub use dirty::DirtyLogSlice;
+pub use dirty::{DirtyLog, Runs, runs};
 pub use error::SlotError;
-pub(crate) use index::View;
-pub use map::{Hint, MemoryMap};
-pub(crate) use map::{exchange_masked, store_masked};
-pub use slot::{Slot, SlotConfig, SlotId};
+pub(crate) use invalid::Invalid;
+pub use map::{Hint, MAX_SLOTS, MemoryMap};
+pub(crate) use map::{View, exchange_masked, store_masked};
+pub use pin::PinnedPage;
+pub(crate) use region::Region;
+pub use ring::{DirtyPage, DirtyRing, RingError};
+pub(crate) use slot::Page;
+pub use slot::{DirtyMode, Slot, SlotConfig, SlotFlags, SlotId};
 #[cfg(all(feature = "vm-memory", not(loom)))]
 pub use vm_memory::{RegionError, VmMemoryRegion};
 
 use crate::sync::epoch::{Guard, Handle};
-use crate::sync::{Backoff, Door, Limbo, Published};
-use std::sync::Arc;
+use crate::sync::{Backoff, Door, Limbo, Mutex, Published, lock};
+use std::sync::{Arc, Weak};
 
 /// The published map and its writer's side.
 ///
@@ -37,7 +51,13 @@ pub(crate) struct Memory {
     published: Published<MemoryMap>,
     door: Door<MemoryMap>,
     old: Limbo<Arc<MemoryMap>>,
+    /// Every map that somebody may still hold.
+    history: Mutex<Vec<Weak<MemoryMap>>>,
 }
+
+/// Old maps that may wait for readers; a writer that would leave more of them waits itself. So a
+/// reader that never ends its section stops writers, and garbage does not grow.
+pub const MAX_OLD_MAPS: u64 = if cfg!(loom) { 2 } else { 64 };
 
 impl Memory {
     pub(crate) fn new() -> Self {
@@ -46,6 +66,7 @@ impl Memory {
             published: Published::new(Arc::clone(&empty)),
             door: Door::new(empty),
             old: Limbo::new(),
+            history: Mutex::new(Vec::new()),
         }
     }
 
@@ -60,10 +81,28 @@ impl Memory {
         self.door.load()
     }
 
-    pub(crate) fn publish(&self, map: MemoryMap, handle: &Handle) {
+    /// Publishes a map. Waits for readers only if there are too many old maps.
+    pub(crate) fn publish(&self, map: MemoryMap, handle: &mut Handle) {
         let map = Arc::new(map);
+        {
+            let mut history = lock(&self.history);
+            history.retain(|map| map.strong_count() > 0);
+            history.push(Arc::downgrade(&map));
+        }
         self.door.store(Arc::clone(&map));
         self.published.replace(map, &self.old, &handle.pin());
+        self.reclaim();
+        if self.old.len() > MAX_OLD_MAPS {
+            self.reclaim_all(handle);
+        }
+    }
+
+    /// Snapshots that keep the region alive, of maps that are published no longer and have no
+    /// readers.
+    pub(crate) fn holders(&self, region: &Region) -> usize {
+        let maps: Vec<_> = lock(&self.history).iter().filter_map(Weak::upgrade).collect();
+        let holding = maps.iter().filter(|map| map.has(region));
+        holding.map(|map| Arc::strong_count(map) - 1).sum()
     }
 
     /// Drops the maps whose last reader has gone, and with them the memory of deleted slots.
@@ -77,7 +116,7 @@ impl Memory {
         loop {
             handle.synchronize();
             self.reclaim();
-            if self.old.is_empty() {
+            if self.old.len() == 0 {
                 return;
             }
             backoff.wait();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory of a VMM that uses the `vm-memory` crate, as the backing of memslots.
 
-use super::Backing;
-use crate::addr::PAGE_SIZE;
+use super::{Backing, DirtyLog};
+use crate::addr::{PAGE_SHIFT, PAGE_SIZE};
 use crate::sync::AtomicU64;
 use core::fmt;
 use core::ptr::NonNull;
@@ -36,12 +36,27 @@ pub enum RegionError {
         /// Host-virtual address.
         host: u64,
     },
+    /// The region's bitmap is not the log of exactly the region.
+    #[error(
+        "the dirty log of the memory region at guest-physical {base:#x} begins {offset:#x} bytes after the log's first page and has {given} pages in all, the region {needed}"
+    )]
+    WrongLog {
+        /// First guest-physical address of the region.
+        base: u64,
+        /// Where in the log's memory the region begins, in bytes; must be 0.
+        offset: usize,
+        /// Pages of the region.
+        needed: u64,
+        /// Pages of the log.
+        given: u64,
+    },
 }
 
 /// One region of any [`GuestMemoryBackend`]; keeps the whole collection alive.
 pub struct VmMemoryRegion<M> {
     words: NonNull<[AtomicU64]>,
     base: u64,
+    log: Option<DirtyLog>,
     memory: Arc<M>,
 }
 
@@ -67,7 +82,33 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> VmMemoryRegion<M> {
             core::ptr::slice_from_raw_parts_mut(host.cast::<AtomicU64>(), size as usize / 8);
         // SAFETY: the pointer of a volatile slice is valid, hence not null.
         let words = unsafe { NonNull::new_unchecked(words) };
-        Ok(Self { words, base, memory })
+        Ok(Self { words, base, log: None, memory })
+    }
+
+    /// The region of `memory` that holds `address`, with its bitmap: a memslot over it that logs
+    /// uses that log as its own, so what the VMM writes through `memory` is reported together with
+    /// what the guest writes. Each region must have a log of its own, as `from_ranges` makes them.
+    ///
+    /// Not recorded is what the VMM writes through raw pointers or atomic references, since
+    /// vm-memory does not mark that.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError`], which names the address.
+    pub fn with_dirty_log(memory: Arc<M>, address: GuestAddress) -> Result<Self, RegionError>
+    where
+        M::R: GuestMemoryRegion<B = DirtyLog>,
+    {
+        let mut this = Self::new(memory, address)?;
+        let region = this.memory.find_region(address).ok_or(RegionError::NoRegion(address.0))?;
+        let bitmap = region.bitmap();
+        let (offset, log) = (bitmap.offset(), bitmap.log().clone());
+        let (needed, given) = (region.len() >> PAGE_SHIFT, log.pages());
+        if offset != 0 || given != needed {
+            return Err(RegionError::WrongLog { base: this.base, offset, needed, given });
+        }
+        this.log = Some(log);
+        Ok(this)
     }
 
     /// First guest-physical address of the region.
@@ -95,6 +136,10 @@ unsafe impl<M: Send + Sync> Backing for VmMemoryRegion<M> {
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: see the impl.
         unsafe { self.words.as_ref() }
+    }
+
+    fn dirty_log(&self) -> Option<&DirtyLog> {
+        self.log.as_ref()
     }
 }
 

@@ -62,13 +62,12 @@ fn mark_all<L: Layout>(map: &MemoryMap, hint: &Hint, path: &mut Path, leaf_marks
         if step.value & marks == marks {
             continue;
         }
-        let Some(slot) = map.slot(step.entry.gfn(), hint) else { return false };
+        let Some(page) = map.page(step.entry.gfn()) else { return false };
         // R24: nothing is stored into read-only memory.
-        if slot.is_read_only() {
+        if !page.is_writable() {
             continue;
         }
-        let index = slot.index_of(step.entry.gfn());
-        let Some(cell) = slot.word(index, step.entry.page_offset()) else { return false };
+        let Some(cell) = page.word(step.entry.page_offset()) else { return false };
         let (old, shift) = if L::WIDE {
             (step.value, 0)
         } else {
@@ -88,7 +87,7 @@ fn mark_all<L: Layout>(map: &MemoryMap, hint: &Hint, path: &mut Path, leaf_marks
         }
         step.value |= marks;
         // After the store, so that a harvest that takes the mark sees the store (R13).
-        slot.mark_dirty(index);
+        page.mark_dirty(hint.ring());
     }
     true
 }
@@ -109,18 +108,18 @@ mod tests {
         let slot = map.by_id(SlotId(0)).unwrap();
         let entries = [(0x1000, 0x2007), (0x2000, 0x3027), (0x3000, 0x4007), (0x4000, 0x9027)];
         for (at, value) in entries {
-            slot.words()[at / 8].store(value, Ordering::Relaxed);
+            slot.region().words()[at / 8].store(value, Ordering::Relaxed);
         }
         let mode = PagingMode::new(&Regs::long_mode(0x1000)).unwrap();
         let walk = |access| mode.walk(&map, &Hint::default(), Gva(0), access).unwrap();
         mode.translate(&map, &Hint::default(), Gva(0), Some(Access::write())).unwrap();
-        assert_eq!(slot.take_dirty(0), 0);
+        assert_eq!(slot.region().dirty.clear(0, u64::MAX), 0);
         // Accessed was missing at levels 4 and 2; the page itself is not written by the walk.
         walk(Access::read());
-        assert_eq!(slot.take_dirty(0), 1 << 1 | 1 << 3);
+        assert_eq!(slot.region().dirty.clear(0, u64::MAX), 1 << 1 | 1 << 3);
         walk(Access::write());
-        assert_eq!(slot.take_dirty(0), 1 << 4);
+        assert_eq!(slot.region().dirty.clear(0, u64::MAX), 1 << 4);
         walk(Access::write());
-        assert_eq!(slot.take_dirty(0), 0);
+        assert_eq!(slot.region().dirty.clear(0, u64::MAX), 0);
     }
 }

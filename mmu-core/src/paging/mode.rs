@@ -8,7 +8,7 @@ use super::fault::{Fault, Reason, code};
 use super::format::{Entry, Format, Layout, Masks, with_layout};
 use super::regs::{BadRegisters, Regs};
 use crate::addr::{Gfn, Gpa, Gva, LEVELS};
-use crate::memory::{Hint, MemoryMap};
+use crate::memory::MemoryMap;
 
 /// Paging as the registers of one vCPU define it: everything that is the same for every walk until
 /// a register changes. Build a new one then; it is plain data.
@@ -181,8 +181,8 @@ impl PagingMode {
 
     /// Whether the top table lies in a memslot. An engine refuses a CR3 where it does not.
     #[must_use]
-    pub fn root_is_inside(&self, map: &MemoryMap, hint: &Hint) -> bool {
-        !self.is_paging() || map.slot(self.root(), hint).is_some()
+    pub fn root_is_inside(&self, map: &MemoryMap) -> bool {
+        !self.is_paging() || map.slot(self.root()).is_some()
     }
 
     /// What an entry of this level says (1 to [`levels`](Self::levels)).

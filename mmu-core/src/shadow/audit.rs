@@ -7,7 +7,7 @@ use super::role::Key;
 use super::spte::Spte;
 use super::{Engine, Role};
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, PAGE_SHIFT};
-use crate::memory::{Hint, MemoryMap, Slot};
+use crate::memory::{DirtyMode, Hint, MemoryMap};
 use crate::paging::bits;
 use crate::sync::epoch::Guard;
 use crate::sync::{LocationSet, Ordering};
@@ -21,6 +21,8 @@ pub struct AuditReport {
     pub sptes: u64,
     /// Live shadow pages.
     pub pages: u64,
+    /// Pages from before everything was zapped that are not torn down yet.
+    pub obsolete: u64,
     /// Retired pages whose frames are not free yet.
     pub retired: u64,
 }
@@ -76,6 +78,14 @@ pub enum Disagreement {
         /// How often it should.
         present: usize,
     },
+    /// The quota counts other frames than are used.
+    #[error("{used} table frames are used, the quota counts {counted}")]
+    Quota {
+        /// Frames that the quota counts.
+        counted: u64,
+        /// Frames that hold a page, or held one that processors may still remember.
+        used: u64,
+    },
     /// A page that was torn down still has something in it or pointing at it.
     #[error("frame {frame} was torn down, but {why}")]
     Dead {
@@ -113,12 +123,21 @@ impl Engine {
             expected: BTreeMap::new(),
             report: AuditReport::default(),
         };
+        let mut used = 0;
         for (frame, page) in self.frames.used() {
-            match page.state.load(Ordering::Acquire) {
+            let state = page.state.load(Ordering::Acquire);
+            used += u64::from(state != state::FREE);
+            match state {
+                state::LIVE if self.is_obsolete(page) => audit.obsolete(frame, page.key()),
                 state::LIVE => audit.live(frame, page.key())?,
                 state::RETIRED | state::ZAPPING => audit.dead(frame)?,
                 _ => {}
             }
+        }
+        let (counted, retired) = self.frames.used_and_retired();
+        let counts = (u64::from(counted), u64::from(retired));
+        if counts != (used, audit.report.retired) {
+            return Err(Disagreement::Quota { counted: counts.0, used });
         }
         for (key, frame) in self.pages.entries() {
             let page = self.frames.page(frame);
@@ -139,16 +158,22 @@ impl Audit<'_> {
         }
         let role = key.role();
         if !role.is_direct() {
-            let Some(slot) = self.map.slot(key.gfn(), &self.hint) else {
+            let Some(home) = self.map.page(key.gfn()) else {
                 return Err(Disagreement::Dead { frame: frame.0, why: "shadows no memory" });
             };
-            let owner = slot.machine_of(slot.index_of(key.gfn())).0;
+            let owner = home.machine().0;
             self.expect("shadows", owner, Location::from_word(u64::from(frame.0) + 1));
         }
         for index in 0..ENTRIES {
             let at = Location::new(frame, index);
             let spte = self.engine.entry(at);
             if spte == Spte::EMPTY || self.engine.is_reserved(frame, index) {
+                continue;
+            }
+            if spte.is_mmio() && role.level() == 1 {
+                if let Some(why) = self.mmio(at, spte, key) {
+                    return Err(Disagreement::Entry { at, level: 1, value: spte.0, why });
+                }
                 continue;
             }
             if !spte.is_present() {
@@ -172,14 +197,35 @@ impl Audit<'_> {
         Ok(())
     }
 
+    /// A page from before everything was zapped: what it holds means nothing any more, but its links
+    /// count.
+    fn obsolete(&mut self, frame: FrameId, key: Key) {
+        self.report.obsolete += 1;
+        let shadows = self.engine.frames.page(frame).home();
+        if !key.role().is_direct() && self.map.by_machine(shadows).is_some() {
+            self.expect("shadows", shadows.0, Location::from_word(u64::from(frame.0) + 1));
+        }
+        for index in (0..ENTRIES).filter(|index| !self.engine.is_reserved(frame, *index)) {
+            let at = Location::new(frame, index);
+            let spte = self.engine.entry(at);
+            if !spte.is_present() {
+                continue;
+            }
+            if key.role().level() == 1 {
+                self.expect("rmap", spte.machine().0, at);
+            } else if let Some(child) = self.engine.frames.frame_at(spte.machine()) {
+                self.expect("parents", u64::from(child.0), at);
+            }
+        }
+    }
+
     /// The guest's entry behind an entry of an indirect page, if it can stand behind one.
     fn guest_entry(&self, key: Key, index: usize) -> Result<u64, &'static str> {
         let gpa = key.gfn().gpa().wrapping_add(index as u64 * 8);
         let word = self.map.word(gpa, &self.hint).ok_or("its guest table lies in no slot")?;
         let entry = word.load(Ordering::Acquire);
         // R35; in a read-only slot no A is ever written (R24).
-        let slot = self.map.slot(key.gfn(), &self.hint);
-        let read_only = slot.is_some_and(|slot| slot.is_read_only());
+        let read_only = self.map.page(key.gfn()).is_some_and(|page| !page.is_writable());
         let needed = if read_only { bits::P } else { bits::P | bits::A };
         match entry & needed == needed {
             true => Ok(entry),
@@ -233,14 +279,16 @@ impl Audit<'_> {
             let rights = leaf_rights(role, guest);
             (gfn, rights, may_write(rights), guest & bits::D != 0)
         };
-        let Some(slot) = self.map.slot(gfn, &self.hint) else {
+        let Some(page) = self.map.page(gfn) else {
             return Some("maps a frame without memory");
         };
-        let index = slot.index_of(gfn);
-        if slot.machine_of(index) != spte.machine() {
+        if page.machine() != spte.machine() {
             return Some("maps another page than the guest's entry");
         }
-        self.expect("rmap", slot.machine_of(index).0, at);
+        self.expect("rmap", page.machine().0, at);
+        if page.region().invalid.covers(page.index) {
+            return Some("maps a page that the host has taken away");
+        }
         let regime = role.regime();
         if regime.is_user() && !rights.user() {
             return Some("lets the user reach a supervisor page");
@@ -251,17 +299,43 @@ impl Audit<'_> {
         if !spte.is_writable() {
             return None;
         }
-        let tracked = slot.state().shadows.get(index).is_some_and(|s| !s.is_empty());
+        let unlogged = page.slot.flags().dirty == DirtyMode::WriteProtect
+            && !page.region().dirty.is_dirty(page.index);
         if !granted {
             Some("is writable, the guest's entries are not")
         } else if !dirty {
             Some("is writable, the guest's entry is not dirty")
-        } else if tracked {
+        } else if page.region().is_shadowed(page.index) {
             Some("is writable, but maps a shadowed guest table")
-        } else if slot.is_read_only() {
-            Some("is writable, the slot is not")
-        } else if slot.logs_dirty() && !slot.is_dirty(index) {
+        } else if !page.is_writable() {
+            Some("is writable, but the slot or the host forbids it")
+        } else if unlogged {
             Some("is writable, but the page is not in the dirty log")
+        } else {
+            None
+        }
+    }
+
+    /// An entry that says that there is no memory, if it is of this map.
+    fn mmio(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {
+        let (gfn, write) = spte.mmio_frame(self.map.generation())?;
+        let role = key.role();
+        let (expected, granted) = if role.is_direct() {
+            (Gfn(key.gfn().0 + at.index() as u64), role.writes())
+        } else {
+            let guest = match self.guest_entry(key, at.index()) {
+                Ok(guest) => guest,
+                Err(why) => return Some(why),
+            };
+            let write = may_write(leaf_rights(role, guest)) && guest & bits::D != 0;
+            (Gfn((guest & bits::ADDR) >> PAGE_SHIFT), write)
+        };
+        if gfn != expected {
+            Some("is MMIO at another frame than the guest's entry")
+        } else if self.map.slot(gfn).is_some() {
+            Some("is MMIO, but there is memory: R09")
+        } else if write && !granted {
+            Some("is writable MMIO, the guest's entries are not")
         } else {
             None
         }
@@ -295,15 +369,13 @@ impl Audit<'_> {
             });
         };
         for slot in self.map.slots() {
-            let lists = |slot: &Slot, count: &mut dyn FnMut(&'static str, u64, &LocationSet)| {
-                for (index, rmap) in slot.state().rmap.iter() {
-                    count("rmap", slot.machine_of(index).0, rmap);
-                }
-                for (index, shadows) in slot.state().shadows.iter() {
-                    count("shadows", slot.machine_of(index).0, shadows);
-                }
-            };
-            lists(slot, &mut count);
+            let region = slot.region();
+            for (index, rmap) in region.rmap.iter() {
+                count("rmap", region.machine_of(index).0, rmap);
+            }
+            for (index, shadows) in region.shadows.iter() {
+                count("shadows", region.machine_of(index).0, shadows);
+            }
         }
         for (frame, page) in self.engine.frames.used() {
             count("parents", u64::from(frame.0), &page.parents);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Writes to guest memory that the engine does itself, and what they mean for the shadow.
 
-use super::{Engine, FrameId, Location, Stats};
+use super::{Engine, FrameId, Location, Spte, Stats};
 use crate::addr::{ENTRIES, Gpa, PAGE_SIZE};
-use crate::memory::{Hint, MemoryMap, exchange_masked};
+use crate::memory::{DirtyRing, MemoryMap, exchange_masked};
 use crate::sync::epoch::Guard;
 use crate::sync::{AtomicU64, Ordering, fence, rule};
 
@@ -40,10 +40,11 @@ impl Engine {
         stats: &Stats,
         guard: &Guard<'_>,
         map: &MemoryMap,
+        ring: Option<&DirtyRing>,
         gpa: Gpa,
         bytes: &[u8],
     ) -> usize {
-        let done = map.write(gpa, bytes);
+        let done = map.write(gpa, bytes, ring);
         self.guest_wrote(stats, guard, map, gpa, done as u64);
         done
     }
@@ -55,15 +56,14 @@ impl Engine {
         stats: &Stats,
         guard: &Guard<'_>,
         map: &MemoryMap,
+        ring: Option<&DirtyRing>,
         gpa: Gpa,
         exchange: Exchange,
     ) -> Option<Result<(), u64>> {
-        let hint = Hint::default();
-        let slot = map.slot(gpa.gfn(), &hint)?;
-        let index = slot.index_of(gpa.gfn());
-        let result = exchange.apply(slot.word(index, gpa.page_offset())?);
+        let page = map.page(gpa.gfn())?;
+        let result = exchange.apply(page.word(gpa.page_offset())?);
         if result.is_ok() {
-            slot.mark_dirty(index);
+            page.mark_dirty(ring);
             self.guest_wrote(stats, guard, map, gpa, exchange.size as u64);
         }
         Some(result)
@@ -72,21 +72,27 @@ impl Engine {
     /// Drops the shadow entries made from guest entries in the `len` bytes at `gpa`, which were
     /// just written. No vCPU is interrupted: architecturally a translation may be used until its
     /// vCPU invalidates it (SDM vol. 3, 5.10.4), and each drains before it enters the guest.
-    fn guest_wrote(&self, stats: &Stats, guard: &Guard<'_>, map: &MemoryMap, gpa: Gpa, len: u64) {
+    pub(crate) fn guest_wrote(
+        &self,
+        stats: &Stats,
+        guard: &Guard<'_>,
+        map: &MemoryMap,
+        gpa: Gpa,
+        len: u64,
+    ) {
         // R2: own store, fence, foreign load. Pairs with the fence of the fault between its
         // reservation and its second look at the guest's entry.
         if rule!(R02) {
             fence(Ordering::SeqCst);
         }
-        let hint = Hint::default();
         let end = gpa.0 + len;
         let mut at = gpa.0;
         while at < end {
             let page_end = (at & !(PAGE_SIZE - 1)).saturating_add(PAGE_SIZE).min(end);
             let gfn = Gpa(at).gfn();
             let shadows = map
-                .slot(gfn, &hint)
-                .and_then(|slot| slot.state().shadows.get(slot.index_of(gfn)))
+                .page(gfn)
+                .and_then(|page| page.region().shadows.get(page.index))
                 .filter(|shadows| !shadows.is_empty());
             if let Some(shadows) = shadows {
                 stats.mmu_pte_write.bump();
@@ -99,7 +105,7 @@ impl Engine {
                     for index in first..=last.min(ENTRIES - 1) {
                         let entry = Location::new(frame, index);
                         let spte = self.entry(entry);
-                        if !(spte.is_present() || spte.is_pending())
+                        if matches!(spte, Spte::EMPTY | Spte::FROZEN)
                             || self.is_reserved(frame, index)
                         {
                             continue;

@@ -23,7 +23,7 @@ use super::spte::Spte;
 use super::stats::Stats;
 use super::{Context, Engine, index};
 use crate::addr::{Gfn, Gpa, Gva, INDEX_BITS};
-use crate::memory::{MemoryMap, Slot};
+use crate::memory::{DirtyMode, MemoryMap, Page};
 use crate::paging::{Access, Allowed, Fault, Kind, PagingMode, Path, Step, Walk, bits};
 use crate::sync::epoch::Guard;
 use crate::sync::{Backoff, LocationSet, Ordering, fence, rule};
@@ -52,6 +52,12 @@ pub enum Outcome {
         /// Guest-physical address of the access.
         gpa: Gpa,
     },
+    /// A write to a page that the host has made read-only ([`crate::Mmu::set_host_writable`]): the
+    /// VMM's to make writable again, after a copy perhaps.
+    HostReadOnly {
+        /// Guest-physical address of the access.
+        gpa: Gpa,
+    },
 }
 
 /// Something to wait for, outside any read section, before the operation is tried again:
@@ -64,10 +70,12 @@ pub enum Stall {
     /// Table frames ran out; some come back when every vCPU has drained this generation inside
     /// the guest, and read sections have ended.
     Frames(Generation),
+    /// The host has taken the page away for a while; the number of invalidations that had ended.
+    Invalidation(u64),
 }
 
 /// Why an attempt did not succeed.
-enum Retry {
+pub(super) enum Retry {
     Again,
     Stall(Stall),
 }
@@ -82,13 +90,13 @@ pub(crate) struct FaultInfo<'v> {
 }
 
 /// One attempt at one fault.
-struct Attempt<'a> {
-    engine: &'a Engine,
+pub(super) struct Attempt<'a> {
+    pub(super) engine: &'a Engine,
     context: &'a Context,
-    stats: &'a Stats,
-    guard: &'a Guard<'a>,
-    map: &'a MemoryMap,
-    info: &'a FaultInfo<'a>,
+    pub(super) stats: &'a Stats,
+    pub(super) guard: &'a Guard<'a>,
+    pub(super) map: &'a MemoryMap,
+    pub(super) info: &'a FaultInfo<'a>,
 }
 
 impl Engine {
@@ -100,6 +108,12 @@ impl Engine {
         info: &FaultInfo<'_>,
     ) -> Result<Outcome, Stall> {
         let mut guard = context.handle.pin();
+        self.sweep_step(&guard);
+        if let Some(gpa) = self.known_mmio(self.memory.load(&guard), info) {
+            stats.pf_mmio.bump();
+            stats.mmio_cached.bump();
+            return Ok(Outcome::Mmio { gpa });
+        }
         for _ in 0..RESTARTS {
             let attempt = Attempt {
                 engine: self,
@@ -139,10 +153,10 @@ impl Engine {
         let key = Key::new(mode.root(), Role::root(mode.levels(), regime));
         stats.root_loads.bump();
         loop {
-            if map.slot(key.gfn(), &context.hint).is_none() {
+            if map.slot(key.gfn()).is_none() {
                 return Ok(None);
             }
-            match self.get_or_make(context, stats, &guard, map, key) {
+            match self.get_or_make(stats, &guard, map, key) {
                 Ok(frame) => {
                     // R19: within the read section that found it, so the frame is still its.
                     self.hold_root(frame);
@@ -156,7 +170,6 @@ impl Engine {
 
     fn get_or_make(
         &self,
-        context: &Context,
         stats: &Stats,
         guard: &Guard<'_>,
         map: &MemoryMap,
@@ -167,13 +180,19 @@ impl Engine {
         loop {
             if let Some(frame) = self.pages.get(&key) {
                 // In the hash within this read section, so the frame has not been reused.
-                if self.frames.page(frame).is_live() {
+                let page = self.frames.page(frame);
+                if self.is_current(frame) {
+                    page.touch();
                     if let Some(spare) = made {
                         // R06: the loser of a race drops its own page.
                         stats.mmu_cache_race.bump();
                         self.zap(guard, spare);
                     }
                     return Ok(frame);
+                }
+                if page.is_live() {
+                    // Obsolete.
+                    self.zap(guard, frame);
                 }
                 // Being torn down: help it out of the hash.
                 self.pages.remove_if_equal(&key, frame);
@@ -184,15 +203,17 @@ impl Engine {
                 Some(frame) => frame,
                 None => {
                     let frame = self.frame_for(guard).map_err(Retry::Stall)?;
-                    self.populate(context, map, key, frame)?;
+                    self.populate(map, key, frame)?;
                     made = Some(frame);
                     frame
                 }
             };
             // R06: insert if absent.
             if self.pages.insert_if_absent(key, frame).is_ok() {
-                if !self.frames.page(frame).is_live() {
-                    // A slot's removal found it by its guest frame before it was in the hash.
+                if !self.is_current(frame) {
+                    // A slot's removal found it by its guest frame before it was in the hash, or it
+                    // became obsolete in the making.
+                    self.zap(guard, frame);
                     self.pages.remove_if_equal(&key, frame);
                     return Err(Retry::Again);
                 }
@@ -203,32 +224,30 @@ impl Engine {
     }
 
     /// Makes a page of a fresh frame, not yet in the hash.
-    fn populate(
-        &self,
-        context: &Context,
-        map: &MemoryMap,
-        key: Key,
-        frame: FrameId,
-    ) -> Result<(), Retry> {
+    fn populate(&self, map: &MemoryMap, key: Key, frame: FrameId) -> Result<(), Retry> {
+        // Read when the frame is allocated already: if it is an old one by now, the round of
+        // obsolete pages includes the frame. Acquire pairs with `zap_all`.
+        let born = self.shadow_generation.load(Ordering::Acquire);
         let role = key.role();
         if role.is_direct() {
-            self.frames.claim(frame, key, crate::addr::Machine(0));
+            self.frames.claim(frame, key, crate::addr::Machine(0), born);
             self.frames.page(frame).protected.store(PROTECTED.0, Ordering::Relaxed);
         } else {
-            let Some(slot) = map.slot(key.gfn(), &context.hint) else {
+            let Some(home) = map.page(key.gfn()) else {
                 // The table itself lies outside memory now; the walk will say so.
                 self.frames.release(frame);
                 return Err(Retry::Again);
             };
-            let index = slot.index_of(key.gfn());
             // From here on no fault makes the guest table writable (R2), and guest writes to it
             // find this page. R18: before the page is live, because whoever tears it down takes
             // this back.
-            let track = || slot.state().shadows.get_or_alloc(index).add(u64::from(frame.0) + 1);
+            let track = || {
+                home.region().shadows.get_or_alloc(home.index).add(u64::from(frame.0) + 1);
+            };
             if rule!(R18) {
                 track();
             }
-            self.frames.claim(frame, key, slot.machine_of(index));
+            self.frames.claim(frame, key, home.machine(), born);
             if !rule!(R18) {
                 track();
             }
@@ -242,26 +261,11 @@ impl Engine {
         Ok(())
     }
 
-    /// A free frame; else what to wait for.
-    fn frame_for(&self, guard: &Guard<'_>) -> Result<FrameId, Stall> {
-        if let Some(frame) = self.frames.allocate() {
-            return Ok(frame);
-        }
-        guard.flush();
-        // R04, R29: not before every processor has forgotten the frame.
-        let waits = self.frames.reclaim(|g| !rule!(R04) || self.flush.drained(g, false));
-        match self.frames.allocate() {
-            Some(frame) => Ok(frame),
-            None => Err(Stall::Frames(waits.unwrap_or_else(|| self.recycle(guard)))),
-        }
-    }
-
     /// R1: before anything is derived from the guest table of `frame`, no processor may be able to
     /// write it. Any fault that finds the table unprotected does the work, so that one that stopped
     /// half-way stops nobody.
-    fn ensure_protected(
+    pub(super) fn ensure_protected(
         &self,
-        context: &Context,
         stats: &Stats,
         map: &MemoryMap,
         frame: FrameId,
@@ -274,13 +278,13 @@ impl Engine {
         }
         if generation == UNPROTECTED {
             let gfn = page.key().gfn();
-            let slot = map.slot(gfn, &context.hint).ok_or(Retry::Again)?;
+            let home = map.page(gfn).ok_or(Retry::Again)?;
             // R2: own store (the shadow's presence), fence, foreign load (the rmap). Pairs with
             // the fence of the fault that links a writable entry.
             if rule!(R02) {
                 fence(Ordering::SeqCst);
             }
-            generation = self.protect_for(slot, slot.index_of(gfn), stats);
+            generation = self.protect_for(home, stats);
             // The first generation that covers a scan is as good as any other's.
             let (old, new) = (UNPROTECTED.0, generation.0);
             if let Err(theirs) =
@@ -333,16 +337,53 @@ impl Attempt<'_> {
         let write = access.kind == Kind::Write;
         // R31: the map that was walked.
         let map = if rule!(R31) { self.map } else { self.engine.memory.load(self.guard) };
-        let slot = map.slot(gfn, &self.context.hint);
-        let Some(slot) = slot.filter(|slot| !(write && slot.is_read_only())) else {
-            self.stats.pf_mmio.bump();
-            return Ok(Outcome::Mmio { gpa: walk.gpa });
-        };
-
+        let page = map.page(gfn);
         let top = index(gva, mode.levels());
-        if self.engine.reserved.is_some_and(|(reserved, _)| reserved == top) {
+        let reserved = self.engine.reserved.is_some_and(|(reserved, _)| reserved == top);
+        if page.is_none_or(|page| write && page.slot.is_read_only()) {
+            self.stats.pf_mmio.bump();
+            if page.is_none() && !reserved {
+                // For the next time. What hinders it hinders nothing else.
+                let table = self.leaf_table(root, &walk, &path);
+                let _ = table.and_then(|(table, step)| self.note_mmio(table, &walk, step));
+            }
+            return Ok(Outcome::Mmio { gpa: walk.gpa });
+        }
+        if reserved {
             return Ok(Outcome::Reserved);
         }
+        // A root that became obsolete is not built on: the vCPU loads another on its way back.
+        let (Some(page), true) = (page, self.engine.is_current(root)) else {
+            self.stats.pf_spurious.bump();
+            return Ok(Outcome::Fixed);
+        };
+        if page.region().invalid.covers(page.index) {
+            return Err(self.invalidated(page));
+        }
+        let (table, last) = self.leaf_table(root, &walk, &path)?;
+        self.install(table, page, &walk, last, write)
+    }
+
+    /// The host has taken the page away: wait until it has given back something. The number is read
+    /// before the page is looked at again, so that the wait cannot miss the end.
+    fn invalidated(&self, page: Page<'_>) -> Retry {
+        // Acquire pairs with the Release in `Invalidation::drop`.
+        let ended = self.engine.invalidated.load(Ordering::Acquire);
+        match page.region().invalid.covers(page.index) {
+            true => Retry::Stall(Stall::Invalidation(ended)),
+            false => Retry::Again,
+        }
+    }
+
+    /// The table that has the leaf entry, made if need be, and the guest's entry behind it; `None`
+    /// below a large guest page.
+    fn leaf_table<'p>(
+        &self,
+        root: FrameId,
+        walk: &Walk,
+        path: &'p Path,
+    ) -> Result<(FrameId, Option<&'p Step>), Retry> {
+        let mode = self.info.mode;
 
         let mut granted = Granted { write: true, user: true, execute: true };
         let mut page = root;
@@ -353,13 +394,12 @@ impl Attempt<'_> {
             if let Some(step) = step {
                 granted = granted.through(step.value);
             }
-            page = self.descend(page, level, &walk, step, granted)?;
+            page = self.descend(page, level, walk, step, granted)?;
         }
         if walk.level == 1 {
             step = path.steps().iter().find(|s| s.level == 1);
         }
-        let last = step.filter(|s| s.level == 1);
-        self.install(page, slot, &walk, last, write)
+        Ok((page, step.filter(|s| s.level == 1)))
     }
 
     /// The shadow table below `page` on the way to the address; makes and links it if need be.
@@ -372,7 +412,7 @@ impl Attempt<'_> {
         granted: Granted,
     ) -> Result<FrameId, Retry> {
         let engine = self.engine;
-        engine.ensure_protected(self.context, self.stats, self.map, page)?;
+        engine.ensure_protected(self.stats, self.map, page)?;
         let role = engine.frames.page(page).key().role();
         let key = match step {
             Some(step) if level > walk.level => {
@@ -394,7 +434,8 @@ impl Attempt<'_> {
             if old.is_present() {
                 let child = engine.frames.frame_at(old.machine()).ok_or(Retry::Again)?;
                 let below = engine.frames.page(child);
-                if below.key() == key && below.is_live() {
+                if below.key() == key && engine.is_current(child) {
+                    below.touch();
                     return Ok(child);
                 }
                 // Made from an entry that the guest has changed since, or dying.
@@ -409,7 +450,7 @@ impl Attempt<'_> {
                 backoff.wait();
                 continue;
             }
-            let child = engine.get_or_make(self.context, self.stats, self.guard, self.map, key)?;
+            let child = engine.get_or_make(self.stats, self.guard, self.map, key)?;
             let below = engine.frames.page(child);
             let spte = Spte::table(engine.frames.machine(child));
             let fresh = || {
@@ -417,9 +458,10 @@ impl Attempt<'_> {
                 // entry included, after a fence.
                 // R35: a direct page that may be written stands for D in the guest's large entry.
                 let writable = key.role().is_direct() && key.role().writes();
-                (!rule!(R17) || below.is_live()) && self.unchanged(step, writable)
+                // R19: nor may it be obsolete.
+                (!rule!(R17) || engine.is_current(child)) && self.unchanged(step, writable)
             };
-            if self.publish(at, old, &below.parents, || fresh().then_some(spte)) {
+            if self.publish(at, old, Some(&below.parents), || fresh().then_some(spte)) {
                 return Ok(child);
             }
             return Err(Retry::Again);
@@ -429,48 +471,55 @@ impl Attempt<'_> {
     /// Makes the leaf entry.
     fn install(
         &self,
-        page: FrameId,
-        slot: &Slot,
+        table: FrameId,
+        page: Page<'_>,
         walk: &Walk,
         step: Option<&Step>,
         write: bool,
     ) -> Result<Outcome, Retry> {
         let engine = self.engine;
-        engine.ensure_protected(self.context, self.stats, self.map, page)?;
-        let index = slot.index_of(walk.gpa.gfn());
-        let machine = slot.machine_of(index);
+        engine.ensure_protected(self.stats, self.map, table)?;
+        let (region, index, machine) = (page.region(), page.index, page.machine());
         let allowed = self.allowed(walk);
+        let dirty = page.slot.flags().dirty;
         // R35: writable only if the guest's entry has D. Without a write there is no reason to mark
         // the page dirty.
-        let may_write =
-            allowed.write && walk.dirty && !slot.is_read_only() && (write || !slot.logs_dirty());
-        let tracked = || slot.state().shadows.get(index).is_some_and(|s| !s.is_empty());
+        let may_write = allowed.write && walk.dirty && (write || dirty != DirtyMode::WriteProtect);
         let entry_for = || {
-            let writable = may_write && !tracked();
+            let writable = may_write && page.is_writable() && !region.is_shadowed(index);
+            let dirty = write || dirty != DirtyMode::DirtyBits;
             // A write that cannot be let through is emulated instead.
-            (writable || !write).then(|| Spte::page(machine, writable, allowed.execute))
+            (writable || !write).then(|| Spte::page(machine, writable, allowed.execute, dirty))
         };
-        let emulate = || {
+        let refused = || {
+            if write && region.is_host_read_only(index) {
+                return Ok(Outcome::HostReadOnly { gpa: walk.gpa });
+            }
             self.stats.pf_emulate.bump();
             Ok(Outcome::Emulate { gpa: walk.gpa })
         };
         // No entry lets code be fetched that may not be read: such instructions are emulated.
-        if write && tracked() || !allowed.read {
-            return emulate();
+        if !allowed.read {
+            return refused();
         }
-        let at = Location::new(page, super::index(self.info.gva, 1));
-        let rmap = slot.state().rmap.get_or_alloc(index);
+        let at = Location::new(table, super::index(self.info.gva, 1));
+        let rmap = region.rmap.get_or_alloc(index);
         let mut backoff = Backoff::default();
         loop {
             let old = engine.entry(at);
             if old == Spte::FROZEN {
                 return Err(Retry::Again);
             }
-            let Some(wanted) = entry_for() else { return emulate() };
-            let fresh = || entry_for().filter(|_| self.unchanged(step, wanted.is_writable()));
+            let Some(wanted) = entry_for() else { return refused() };
+            // R7: the host may have taken the page away, or the right to write it.
+            let fresh = || {
+                let taken = region.invalid.covers(index) && rule!(R07);
+                let entry = entry_for().filter(|_| !taken)?;
+                self.unchanged(step, wanted.is_writable()).then_some(entry)
+            };
             if old.includes(wanted) {
                 if write {
-                    slot.mark_dirty(index);
+                    self.mark_dirty(page);
                 }
                 self.stats.pf_spurious.bump();
                 return Ok(Outcome::Fixed);
@@ -481,41 +530,45 @@ impl Attempt<'_> {
                     engine.drop_entry(self.guard, &mut narrowing, at, |now| now != old);
                     continue;
                 }
-                self.widen(at, old, rmap, fresh)
+                self.widen(at, old, page, fresh)
             } else {
                 if old.is_pending() && !backoff.is_long() {
                     backoff.wait();
                     continue;
                 }
                 if !rule!(R13) && write {
-                    slot.mark_dirty(index);
+                    self.mark_dirty(page);
                 }
-                self.publish(at, old, rmap, fresh)
+                self.publish(at, old, Some(rmap), fresh)
             };
             if !done {
                 return Err(Retry::Again);
             }
             // R13: W first, then the dirty bit, then the guest.
             if write && rule!(R13) {
-                slot.mark_dirty(index);
+                self.mark_dirty(page);
             }
             self.stats.pf_fixed.bump();
             return Ok(Outcome::Fixed);
         }
     }
 
+    fn mark_dirty(&self, page: Page<'_>) {
+        page.mark_dirty(self.context.hint.ring());
+    }
+
     /// What this privilege may do by the rights of the walk.
-    fn allowed(&self, walk: &Walk) -> Allowed {
+    pub(super) fn allowed(&self, walk: &Walk) -> Allowed {
         self.info.mode.allowed(walk.rights, self.info.regime.is_user())
     }
 
-    /// Reserve, link, fence, re-check, publish. `old` is empty, or another fault's reservation that
+    /// Reserve, link, fence, re-check, publish. `old` is empty, an MMIO entry, or another fault's reservation that
     /// is taken over: that fault's publication then fails.
-    fn publish(
+    pub(super) fn publish(
         &self,
         at: Location,
         old: Spte,
-        links: &LocationSet,
+        links: Option<&LocationSet>,
         fresh: impl FnOnce() -> Option<Spte>,
     ) -> bool {
         let engine = self.engine;
@@ -523,7 +576,9 @@ impl Attempt<'_> {
         if engine.exchange(at, old, pending).is_err() {
             return false;
         }
-        links.add(at.word());
+        if let Some(links) = links {
+            links.add(at.word());
+        }
         // R2, R17: own store, fence, foreign load. Pairs with the fences of `guest_wrote`,
         // `ensure_protected` and `zap`.
         if rule!(R02) {
@@ -534,7 +589,9 @@ impl Attempt<'_> {
                 return true;
             }
         }
-        links.remove(at.word());
+        if let Some(links) = links {
+            links.remove(at.word());
+        }
         // Whoever swapped the reservation out has emptied or frozen the entry already.
         let _ = engine.exchange(at, pending, Spte::EMPTY);
         false
@@ -546,7 +603,7 @@ impl Attempt<'_> {
         &self,
         at: Location,
         old: Spte,
-        rmap: &LocationSet,
+        page: Page<'_>,
         fresh: impl FnOnce() -> Option<Spte>,
     ) -> bool {
         let engine = self.engine;
@@ -559,19 +616,24 @@ impl Attempt<'_> {
         // R2, as in `publish`. The entry is in the reverse map already.
         fence(Ordering::SeqCst);
         if let Some(spte) = fresh() {
+            // R11: a write through the old entry is one through the new.
+            let spte = if old.is_dirty() { spte.used(true) } else { spte };
             if spte.includes(old) && engine.exchange(at, pending, spte).is_ok() {
                 return true;
             }
         }
         let _ = engine.exchange(at, pending, Spte::EMPTY);
         narrowing.entry(at, engine.gva_of(at));
-        rmap.remove(at.word());
+        engine.took(page, old);
+        if let Some(rmap) = page.region().rmap.get(page.index) {
+            rmap.remove(at.word());
+        }
         false
     }
 
     /// Whether the guest's entry still says what the walk saw. A and D that others have set since do
     /// no harm; a cleared A, or D where the shadow entry is `writable`, does (R35).
-    fn unchanged(&self, step: Option<&Step>, writable: bool) -> bool {
+    pub(super) fn unchanged(&self, step: Option<&Step>, writable: bool) -> bool {
         let Some(step) = step else { return true };
         let Some(word) = self.map.word(step.entry, &self.context.hint) else { return false };
         // Acquire: pairs with the Release of the guest's emulated store.

@@ -325,6 +325,11 @@ impl Narrowing<'_> {
         self.pushed = true;
     }
 
+    /// Counts a change that no record can name: whoever acknowledges it looks at its root again.
+    pub(crate) fn all(&mut self) {
+        self.pushed = true;
+    }
+
     /// Records that a whole table was torn down.
     pub(crate) fn frame(&mut self, frame: FrameId) {
         self.flush.append(FRAME_RECORD | frame.0 as u64, ALL);

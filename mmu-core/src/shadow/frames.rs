@@ -12,7 +12,7 @@ use super::role::Key;
 use super::spte::Spte;
 use crate::addr::{ENTRIES, Machine, PAGE_SHIFT, PAGE_SIZE};
 use crate::memory::Backing;
-use crate::sync::{AtomicU32, AtomicU64, LazyArray, LocationSet, Ordering, rule};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, LazyArray, LocationSet, Ordering, rule};
 use core::fmt;
 use core::ptr::NonNull;
 use std::sync::Arc;
@@ -48,6 +48,10 @@ pub(crate) struct ShadowPage {
     pub(crate) parents: LocationSet,
     /// vCPUs that have the page as root (R19).
     pub(crate) roots: AtomicU32,
+    /// Shadow generation it was made in: with an older one than the engine's it is obsolete (R19).
+    born: AtomicU64,
+    /// A fault has passed through since recycling last looked.
+    young: AtomicBool,
     /// Flush generation that must have been drained before the frame is reused.
     retired: AtomicU64,
     /// Link of the list of frames this one is in.
@@ -63,6 +67,8 @@ impl Default for ShadowPage {
             protected: AtomicU64::new(UNPROTECTED.0),
             parents: LocationSet::default(),
             roots: AtomicU32::new(0),
+            born: AtomicU64::new(0),
+            young: AtomicBool::new(false),
             retired: AtomicU64::new(0),
             next: AtomicU32::new(NONE),
         }
@@ -76,6 +82,27 @@ impl ShadowPage {
 
     pub(crate) fn home(&self) -> Machine {
         Machine(self.home.load(Ordering::Relaxed))
+    }
+
+    /// Shadow generation it was made in; stable while it is not free.
+    pub(crate) fn born(&self) -> u64 {
+        self.born.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a fault passes through. Stores only if that is news.
+    pub(crate) fn touch(&self) {
+        // Relaxed: a hint for recycling.
+        if !self.young.load(Ordering::Relaxed) {
+            self.young.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a fault has passed through since the last call.
+    pub(crate) fn take_young(&self) -> bool {
+        self.young.load(Ordering::Relaxed) && {
+            self.young.store(false, Ordering::Relaxed);
+            true
+        }
     }
 
     /// Acquire: whoever sees the page live sees its key.
@@ -139,6 +166,13 @@ pub(crate) struct Frames {
     pages: LazyArray<ShadowPage>,
     /// Frames at or above this number were never used.
     fresh: AtomicU32,
+    /// Frames that are not free, those that wait to be free included, and how many may be (R28).
+    used: AtomicU32,
+    quota: AtomicU32,
+    /// Of those used, the ones that were torn down.
+    retired: AtomicU32,
+    /// Of those torn down, the ones that were some vCPU's root when last looked at.
+    held: AtomicU32,
     free: FrameStack,
     /// Retired frames whose grace period has passed.
     graced: FrameStack,
@@ -158,6 +192,10 @@ impl Frames {
             count,
             pages: LazyArray::new(count as usize),
             fresh: AtomicU32::new(0),
+            used: AtomicU32::new(0),
+            quota: AtomicU32::new(count),
+            retired: AtomicU32::new(0),
+            held: AtomicU32::new(0),
             free: FrameStack::new(),
             graced: FrameStack::new(),
             memory,
@@ -207,14 +245,52 @@ impl Frames {
         self.count
     }
 
-    /// A frame that nobody uses: with every entry empty, and no page in it yet.
+    /// Frames that are not free, and of these the ones that were torn down.
+    pub(crate) fn used_and_retired(&self) -> (u32, u32) {
+        // Relaxed: estimates for recycling and for people.
+        (self.used.load(Ordering::Relaxed), self.retired.load(Ordering::Relaxed))
+    }
+
+    /// Frames that will be free when processors and readers have forgotten them.
+    pub(crate) fn coming_back(&self) -> u32 {
+        let held = self.held.load(Ordering::Relaxed);
+        self.retired.load(Ordering::Relaxed).saturating_sub(held)
+    }
+
+    /// How many frames may be used.
+    pub(crate) fn quota(&self) -> u32 {
+        self.quota.load(Ordering::Relaxed)
+    }
+
+    /// Sets how many frames may be used, at most as many as there are.
+    pub(crate) fn set_quota(&self, quota: u32) {
+        self.quota.store(quota.min(self.count), Ordering::Relaxed);
+    }
+
+    /// A frame that nobody uses: with every entry empty, and no page in it yet. `None` beyond the
+    /// quota.
     pub(crate) fn allocate(&self) -> Option<FrameId> {
+        // R28: reserve, give back on failure; the quota is never passed, not even for a moment. All
+        // Relaxed: the numbers alone matter.
+        let quota = self.quota();
+        if rule!(R28) {
+            let within = |used: u32| (used < quota).then_some(used + 1);
+            self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).ok()?;
+        } else {
+            if self.used.load(Ordering::Relaxed) >= quota {
+                return None;
+            }
+            self.used.fetch_add(1, Ordering::Relaxed);
+        }
         let frame = self.free.pop(&self.pages).or_else(|| {
-            // Relaxed: the number alone matters.
             let fresh = |f: u32| (f < self.count).then_some(f + 1);
             let frame = self.fresh.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fresh);
             frame.ok().map(FrameId)
-        })?;
+        });
+        let Some(frame) = frame else {
+            self.used.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        };
         for index in 0..ENTRIES {
             // Relaxed: the page is published by the link to it.
             self.entry(Location::new(frame, index)).store(Spte::EMPTY.0, Ordering::Relaxed);
@@ -223,10 +299,12 @@ impl Frames {
     }
 
     /// Makes a page of an allocated frame.
-    pub(crate) fn claim(&self, frame: FrameId, key: Key, home: Machine) {
+    pub(crate) fn claim(&self, frame: FrameId, key: Key, home: Machine, born: u64) {
         let page = self.page(frame);
         page.key.store(key.0, Ordering::Relaxed);
         page.home.store(home.0, Ordering::Relaxed);
+        page.born.store(born, Ordering::Relaxed);
+        page.young.store(true, Ordering::Relaxed);
         page.protected.store(UNPROTECTED.0, Ordering::Relaxed);
         // Release publishes the key to `is_live`.
         page.state.store(state::LIVE, Ordering::Release);
@@ -235,6 +313,7 @@ impl Frames {
     /// Gives back a frame that was allocated and never claimed.
     pub(crate) fn release(&self, frame: FrameId) {
         self.free.push(&self.pages, frame);
+        self.used.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Retires the page: its frame may be reused once `generation` is drained by every processor.
@@ -242,6 +321,7 @@ impl Frames {
     pub(crate) fn retire(&self, frame: FrameId, generation: Generation) {
         let page = self.page(frame);
         page.retired.store(generation.0, Ordering::Relaxed);
+        self.retired.fetch_add(1, Ordering::Relaxed);
         // Release: pairs with the Acquire in `reclaim` through the list; the state is for audits.
         page.state.store(state::RETIRED, Ordering::Release);
     }
@@ -259,6 +339,7 @@ impl Frames {
     ) -> Option<Generation> {
         let mut waits = None;
         let mut keep = Vec::new();
+        let mut held = 0;
         while let Some(frame) = self.graced.pop(&self.pages) {
             let page = self.page(frame);
             let generation = Generation(page.retired.load(Ordering::Relaxed));
@@ -269,12 +350,16 @@ impl Frames {
                 waits = Some(waits.map_or(generation, |w: Generation| w.min(generation)));
             }
             if waited_for || is_root {
+                held += u32::from(is_root);
                 keep.push(frame);
                 continue;
             }
             page.state.store(state::FREE, Ordering::Relaxed);
             self.free.push(&self.pages, frame);
+            self.retired.fetch_sub(1, Ordering::Relaxed);
+            self.used.fetch_sub(1, Ordering::Relaxed);
         }
+        self.held.store(held, Ordering::Relaxed);
         for frame in keep {
             self.graced.push(&self.pages, frame);
         }

@@ -14,13 +14,18 @@
 //!
 //! The numbered rules are those of `docs/protocols.md`.
 
+mod age;
 mod audit;
+mod dirty;
 mod edit;
 mod fault;
 mod flush;
 mod frames;
+mod host;
 mod location;
+mod mmio;
 mod protect;
+mod reclaim;
 mod role;
 mod slots;
 mod spte;
@@ -30,12 +35,16 @@ mod zap;
 pub use audit::{AuditReport, Disagreement};
 pub use fault::{Outcome, Stall};
 pub use flush::{Downgrade, Generation, Processor};
+pub use host::{Invalidation, PageRange, RangeError};
 pub use location::{FrameId, Location};
+pub use reclaim::QuotaError;
+pub use slots::Release;
 pub use stats::StatsSnapshot;
 
 pub(crate) use edit::Exchange;
 pub(crate) use fault::FaultInfo;
 pub(crate) use flush::{Cursor, VcpuState, request};
+pub(crate) use reclaim::MIN_FRAMES;
 pub(crate) use role::Regime;
 pub(crate) use spte::Spte;
 pub(crate) use stats::Stats;
@@ -43,10 +52,11 @@ pub(crate) use stats::Stats;
 use crate::addr::{Gva, INDEX_BITS, LEVELS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle};
-use crate::sync::{AtomicU32, ConcurrentMap, Mutex, Ordering, fence, lock};
+use crate::sync::{AtomicU32, AtomicU64, ConcurrentMap, Mutex, Ordering, fence, lock, unique};
 use core::cell::Cell;
 use flush::{Flush, Narrowing};
 use frames::Frames;
+use reclaim::{FRAMES_PER_VCPU, Quota};
 use role::{Key, Role};
 use std::sync::Arc;
 
@@ -65,8 +75,19 @@ pub(crate) struct Engine {
     writer: Mutex<()>,
     /// Where recycling looks next.
     hand: AtomicU32,
+    /// Counts the times that everything was zapped: pages made before are obsolete.
+    shadow_generation: AtomicU64,
+    /// The round of obsolete pages: next frame in the low half, end in the high half.
+    sweep: AtomicU64,
     /// vCPUs that exist, by the number of their [`Context`].
     seats: Mutex<Vec<bool>>,
+    /// Locked after `seats`.
+    quota: Mutex<Quota>,
+    /// Host invalidations that have begun and not ended, and how many have ended.
+    invalidating: AtomicU64,
+    invalidated: AtomicU64,
+    /// Nothing else in this process has it.
+    id: u64,
     /// Counts of what no vCPU did.
     pub(crate) stats: Stats,
     /// Counts of vCPUs that are gone.
@@ -77,6 +98,7 @@ pub(crate) struct Engine {
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) handle: Handle,
+    /// Where its last look-up ended, and its dirty ring.
     pub(crate) hint: Hint,
     /// Number of the context, and of its operations so far: no two reservations that are open at
     /// the same time have the same tag.
@@ -108,6 +130,12 @@ impl Engine {
             reserved,
             writer: Mutex::new(()),
             hand: AtomicU32::new(0),
+            shadow_generation: AtomicU64::new(0),
+            sweep: AtomicU64::new(0),
+            quota: Mutex::new(Quota::default()),
+            invalidating: AtomicU64::new(0),
+            invalidated: AtomicU64::new(0),
+            id: unique(),
             seats: Mutex::new(Vec::new()),
             stats: Stats::default(),
             past: Mutex::new(StatsSnapshot::default()),
@@ -126,19 +154,26 @@ impl Engine {
             seats.push(true);
         }
         seats[id] = true;
+        self.apply_quota(&lock(&self.quota), &seats);
         let (handle, hint, tags) = (self.collector.register(), Hint::default(), Cell::new(0));
         Some(Context { handle, hint, id: id as u64, tags })
     }
 
     /// The vCPU with this context is gone.
     pub(crate) fn give_up(&self, context: &Context) {
-        lock(&self.seats)[context.id as usize] = false;
+        let mut seats = lock(&self.seats);
+        seats[context.id as usize] = false;
+        self.apply_quota(&lock(&self.quota), &seats);
     }
 
     /// vCPUs that the table frames are enough for.
     pub(crate) fn most_vcpus(&self) -> usize {
-        const FRAMES: u32 = if cfg!(loom) { 1 } else { 8 };
-        (self.frames.count() / FRAMES).min(1 << 20) as usize
+        (self.frames.count() / FRAMES_PER_VCPU).min(1 << 20) as usize
+    }
+
+    /// Nothing else in this process has it.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     pub(crate) fn stats(&self) -> StatsSnapshot {
@@ -206,8 +241,9 @@ impl Engine {
             }
         // The map of this moment, not of the operation's beginning: it knows every slot that an
         // entry seen by now can map.
-        } else if let Some((slot, index)) = self.memory.load(guard).by_machine(old.machine()) {
-            if let Some(rmap) = slot.state().rmap.get(index) {
+        } else if let Some(page) = self.memory.load(guard).by_machine(old.machine()) {
+            self.took(page, old);
+            if let Some(rmap) = page.region().rmap.get(page.index) {
                 rmap.remove(at.word());
             }
         }
@@ -225,11 +261,13 @@ impl Engine {
     ) -> bool {
         let mut old = self.entry(at);
         loop {
-            if !(old.is_present() || old.is_pending()) || keep(old) {
+            if !(old.is_present() || old.is_pending() || old.is_mmio()) || keep(old) {
                 return false;
             }
             match self.exchange(at, old, Spte::EMPTY) {
                 Err(now) => old = now,
+                // No processor remembers it.
+                Ok(()) if old.is_mmio() => return true,
                 Ok(()) => {
                     // A reservation may stand for an entry that is being widened, which processors
                     // still remember.

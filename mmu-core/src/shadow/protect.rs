@@ -1,25 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Write-protection of a page, for a shadowed guest table or for the dirty log.
+//! Taking the right to write away, for a shadowed guest table, the dirty log or the host; and the
+//! wait that follows it.
 
-use super::Engine;
 use super::flush::{Generation, Narrowing};
 use super::location::Location;
 use super::stats::Stats;
-use crate::memory::Slot;
-use crate::sync::Backoff;
-use crate::sync::epoch::Handle;
+use super::{Engine, Spte};
+use crate::memory::{DirtyMode, Page, Slot};
+use crate::sync::epoch::{Guard, Handle};
+use crate::sync::{Backoff, Mark, WouldDeadlock, rule};
+use core::ops::Range;
+use std::sync::Arc;
+
+/// Pages looked at in one read section.
+const BLOCK: usize = 64;
 
 impl Engine {
     /// Takes the right to write the page from every entry that maps it, pending ones included.
-    fn protect(&self, slot: &Slot, index: usize, narrowing: &mut Narrowing<'_>, stats: &Stats) {
-        let Some(rmap) = slot.state().rmap.get(index) else { return };
-        let machine = slot.machine_of(index);
+    pub(super) fn protect(&self, page: Page<'_>, narrowing: &mut Narrowing<'_>, stats: &Stats) {
+        let Some(rmap) = page.region().rmap.get(page.index) else { return };
+        let machine = page.machine();
         rmap.for_each(|word| {
             let at = Location::from_word(word);
             let mut old = self.entry(at);
             loop {
                 let new = if old.is_pending() {
-                    super::Spte::EMPTY
+                    Spte::EMPTY
                 } else if old.is_writable() && old.machine() == machine {
                     old.write_protected()
                 } else {
@@ -31,13 +37,43 @@ impl Engine {
                 }
             }
             narrowing.entry(at, self.gva_of(at));
+            self.took(page, old);
             stats.mmu_write_protected.bump_shared();
         });
     }
 
+    /// Clears the dirty bits of the page's entries; whether any was set.
+    pub(super) fn clean(&self, page: Page<'_>, narrowing: &mut Narrowing<'_>) -> bool {
+        let Some(rmap) = page.region().rmap.get(page.index) else { return false };
+        let machine = page.machine();
+        let mut dirty = false;
+        rmap.for_each(|word| {
+            let at = Location::from_word(word);
+            let mut old = self.entry(at);
+            while old.is_dirty() && old.machine() == machine {
+                match self.exchange(at, old, old.clean()) {
+                    Ok(()) => {
+                        dirty = true;
+                        return narrowing.entry(at, self.gva_of(at));
+                    }
+                    Err(now) => old = now,
+                }
+            }
+        });
+        dirty
+    }
+
+    /// R11: the value `old` was swapped out of an entry that maps the page. If the processor has
+    /// written through it and nobody knows, that is recorded.
+    pub(super) fn took(&self, page: Page<'_>, old: Spte) {
+        if old.is_dirty() && page.slot.flags().dirty == DirtyMode::DirtyBits && rule!(R11) {
+            page.mark_dirty(None);
+        }
+    }
+
     /// Records every entry that maps the page, changed or not.
-    fn record(&self, slot: &Slot, index: usize, narrowing: &mut Narrowing<'_>) {
-        if let Some(rmap) = slot.state().rmap.get(index) {
+    pub(super) fn record(&self, page: Page<'_>, narrowing: &mut Narrowing<'_>) {
+        if let Some(rmap) = page.region().rmap.get(page.index) {
             rmap.for_each(|word| {
                 let at = Location::from_word(word);
                 narrowing.entry(at, self.gva_of(at));
@@ -46,49 +82,79 @@ impl Engine {
     }
 
     /// Protects a guest table; the generation after which no processor can write it (R1).
-    pub(super) fn protect_for(&self, slot: &Slot, index: usize, stats: &Stats) -> Generation {
+    pub(super) fn protect_for(&self, page: Page<'_>, stats: &Stats) -> Generation {
         let mut narrowing = self.flush.narrow();
-        self.protect(slot, index, &mut narrowing, stats);
+        self.protect(page, &mut narrowing, stats);
         drop(narrowing);
-        self.flush.settled(|narrowing| self.record(slot, index, narrowing))
+        self.flush.settled(|narrowing| self.record(page, narrowing))
     }
 
-    /// Takes the slot's dirty bits into `bitmap`, bit `n` of word `w` for page `64 w + n`, and
-    /// returns the number of dirty pages. When it returns, any further guest write to one of them
-    /// is in a later harvest (R13).
-    ///
-    /// Waits for vCPUs inside the guest to come out, but for no reader.
-    pub(crate) fn harvest(&self, slot: &Slot, bitmap: &mut [u64], handle: &Handle) -> u64 {
-        let mut pages = 0;
-        let mut settled = None;
-        for (word, out) in bitmap.iter_mut().enumerate() {
-            let bits = slot.take_dirty(word);
-            *out = bits;
-            if bits == 0 {
-                continue;
+    /// Calls `change` for each page of a slot that may be mapped, a few in a read section, and
+    /// returns the generation that covers what was changed by whomever.
+    pub(super) fn for_mapped(
+        &self,
+        slot: &Arc<Slot>,
+        pages: Range<usize>,
+        handle: &Handle,
+        mut change: impl FnMut(&Guard<'_>, Page<'_>, &mut Narrowing<'_>),
+    ) -> Generation {
+        let mut mapped = slot.region().rmap.iter_range(pages);
+        let mut block = [0; BLOCK];
+        loop {
+            let mut len = 0;
+            for (index, _) in mapped.by_ref().filter(|(_, rmap)| !rmap.is_empty()).take(BLOCK) {
+                block[len] = index;
+                len += 1;
             }
-            pages += u64::from(bits.count_ones());
-            let indices =
-                || (0..64).filter(move |n| bits >> n & 1 != 0).map(move |n| word * 64 + n);
+            if len == 0 {
+                // What others took away and unlinked before this looked is in the log already.
+                return self.flush.settled(|_| ());
+            }
             // The entries' frames stay theirs within a read section.
-            let _guard = handle.pin();
+            let guard = handle.pin();
             let mut narrowing = self.flush.narrow();
-            indices().for_each(|i| self.protect(slot, i, &mut narrowing, &self.stats));
+            let pages = || block[..len].iter().map(|index| Page { slot, index: *index });
+            pages().for_each(|page| change(&guard, page, &mut narrowing));
             drop(narrowing);
-            settled = Some(self.flush.settled(|n| indices().for_each(|i| self.record(slot, i, n))));
+            // What others have taken away and not recorded yet is recorded here.
+            self.flush.settled(|n| pages().for_each(|page| self.record(page, n)));
         }
-        if let Some(generation) = settled {
-            self.wait_acknowledged(generation);
-        }
-        pages
     }
 
     /// Waits until no vCPU runs guest code on what was narrowed up to `generation`. The caller
     /// holds no guard.
     pub(super) fn wait_acknowledged(&self, generation: Generation) {
+        self.assert_may_wait();
         let mut backoff = Backoff::default();
         while !self.flush.acknowledged(generation, backoff.is_milestone()) {
             backoff.wait();
         }
+    }
+
+    /// Waits until every read section that is open now has ended.
+    pub(super) fn wait_for_readers(&self, handle: &mut Handle) {
+        self.assert_may_wait();
+        handle.synchronize();
+    }
+
+    /// Waits for readers, and for vCPUs to stop using what was taken away before this.
+    pub(crate) fn synchronize(&self) -> Result<(), WouldDeadlock> {
+        self.may_wait()?;
+        // Narrowings run in read sections: after this they have their generations.
+        self.wait_for_readers(&mut self.collector.register());
+        self.wait_acknowledged(self.flush.now());
+        Ok(())
+    }
+
+    /// Refuses threads that those who are waited for may wait for (R32).
+    pub(crate) fn may_wait(&self) -> Result<(), WouldDeadlock> {
+        let refused = Mark::is_set(self.id, WouldDeadlock::Resolver) && rule!(R32);
+        if refused { Err(WouldDeadlock::Resolver) } else { Ok(()) }
+    }
+
+    /// In a model, every wait says who must not make it.
+    fn assert_may_wait(&self) {
+        #[cfg(loom)]
+        assert!(!Mark::is_set(self.id, WouldDeadlock::Resolver), "R32: a resolver waits");
     }
 }

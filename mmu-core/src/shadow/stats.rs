@@ -60,7 +60,9 @@ counters! {
     pf_emulate,
     /// Faults on addresses without memory, or writes to read-only memory.
     pf_mmio,
-    /// Faults that had to wait for a flush or a frame.
+    /// Of these, the ones that an MMIO entry answered.
+    mmio_cached,
+    /// Faults that had to wait for a flush, a frame or the host.
     pf_retry,
     /// Installs that lost a race and were taken back.
     pf_restart,

@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tearing down shadow pages, and what makes room when table frames run out.
+//! Tearing down shadow pages.
 
 use super::Engine;
 use super::flush::Generation;
-use super::frames::state;
+use super::frames::{ShadowPage, state};
 use super::location::{FrameId, Location};
 use super::spte::Spte;
 use crate::addr::{ENTRIES, LEVELS};
 use crate::sync::epoch::Guard;
 use crate::sync::{Ordering, fence, rule};
 use std::sync::Arc;
-
-/// Pages torn down at a time when frames run out.
-const RECYCLE: usize = if cfg!(loom) { 1 } else { 16 };
 
 impl Engine {
     /// Tears a page down: unlinks it, empties it, and retires its frame. Returns the generation
@@ -54,8 +51,8 @@ impl Engine {
         }
         if !key.role().is_direct() {
             // Nothing is derived from the guest table any more: it may become writable.
-            if let Some((slot, index)) = self.memory.load(guard).by_machine(page.home()) {
-                if let Some(shadows) = slot.state().shadows.get(index) {
+            if let Some(home) = self.memory.load(guard).by_machine(page.home()) {
+                if let Some(shadows) = home.region().shadows.get(home.index) {
                     shadows.remove(u64::from(frame.0) + 1);
                 }
             }
@@ -73,9 +70,16 @@ impl Engine {
         self.frames.high_water()
     }
 
-    /// Whether the page in the frame may be used.
-    pub(crate) fn is_live(&self, frame: FrameId) -> bool {
-        self.frames.page(frame).is_live()
+    /// Whether the page in the frame may be used: it is live, and was made since everything was last
+    /// zapped.
+    pub(crate) fn is_current(&self, frame: FrameId) -> bool {
+        let page = self.frames.page(frame);
+        page.is_live() && (!self.is_obsolete(page) || !rule!(R19))
+    }
+
+    pub(super) fn is_obsolete(&self, page: &ShadowPage) -> bool {
+        // Acquire pairs with `zap_all`.
+        page.born() != self.shadow_generation.load(Ordering::Acquire)
     }
 
     /// Counts a vCPU that has the page as root (R19). The caller has found the page within its
@@ -90,39 +94,5 @@ impl Engine {
     pub(crate) fn release_root(&self, frame: FrameId) {
         // Release pairs with the Acquire in `reclaim`.
         self.frames.page(frame).roots.fetch_sub(1, Ordering::Release);
-    }
-
-    /// Tears down every page. Faults go on; vCPUs load new roots.
-    pub(crate) fn zap_all(&self, guard: &mut Guard<'_>) {
-        for index in 0..self.frames.high_water() {
-            self.zap(guard, FrameId(index));
-            guard.repin();
-        }
-    }
-
-    /// Tears down some pages, in turn, that are no vCPU's root. Returns the generation that their
-    /// frames wait for.
-    pub(crate) fn recycle(&self, guard: &Guard<'_>) -> Generation {
-        let used = self.frames.high_water().max(1);
-        let mut generation = self.flush.now();
-        let mut left = RECYCLE;
-        for _ in 0..used {
-            // Relaxed: several threads share the round.
-            let frame = FrameId(self.hand.fetch_add(1, Ordering::Relaxed) % used);
-            let page = self.frames.page(frame);
-            if page.roots.load(Ordering::Relaxed) > 0 {
-                continue;
-            }
-            if let Some(zapped) = self.zap(guard, frame) {
-                self.stats.mmu_recycled.bump_shared();
-                generation = zapped;
-                left -= 1;
-                if left == 0 {
-                    break;
-                }
-            }
-        }
-        guard.flush();
-        generation
     }
 }

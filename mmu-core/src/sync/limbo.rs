@@ -96,9 +96,9 @@ impl<T: Send + 'static> Limbo<T> {
         }
     }
 
-    /// Whether nothing waits.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) == 0
+    /// Items retired and not drained yet.
+    pub(crate) fn len(&self) -> u64 {
+        self.waiting.load(Ordering::Relaxed)
     }
 }
 

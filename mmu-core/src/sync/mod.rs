@@ -21,12 +21,15 @@ mod map;
 #[cfg(loom)]
 pub mod rules;
 mod set;
+mod threads;
 
 pub(crate) use chunks::LazyArray;
 pub(crate) use door::Door;
 pub(crate) use limbo::{Life, Limbo, Published, Snapshot};
 pub(crate) use map::ConcurrentMap;
 pub(crate) use set::LocationSet;
+pub use threads::WouldDeadlock;
+pub(crate) use threads::{Mark, unique};
 
 pub use core::sync::atomic::Ordering;
 

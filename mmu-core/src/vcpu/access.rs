@@ -24,6 +24,12 @@ pub enum AccessError {
         /// Bytes of the part.
         len: usize,
     },
+    /// Part of it is a write to a page that the host has made read-only.
+    #[error("the host has made the page at guest-physical {gpa} read-only")]
+    HostReadOnly {
+        /// Guest-physical address of the part.
+        gpa: Gpa,
+    },
     /// A locked access that cannot be made as one step.
     #[error("a locked access of {size} bytes at {gva} is not within an aligned 8-byte word")]
     Unsupported {
@@ -126,7 +132,8 @@ impl Vcpu {
         let map = self.engine.memory.load(&guard);
         let access = Access { user, ..Access::write() };
         let write = |gpa, part: &[u8]| {
-            self.engine.write_phys(&self.state.stats, &guard, map, gpa, part);
+            let ring = self.context.hint.ring();
+            self.engine.write_phys(&self.state.stats, &guard, map, ring, gpa, part);
         };
         let mut parts = parts(gva, bytes.len());
         let Some((at, first)) = parts.next() else { return Ok(()) };
@@ -163,7 +170,7 @@ impl Vcpu {
         let access = Access { user, ..Access::write() };
         let gpa = self.locate_for_write(map, gva, size, access)?;
         self.engine
-            .cmpxchg_phys(&self.state.stats, &guard, map, gpa, exchange)
+            .cmpxchg_phys(&self.state.stats, &guard, map, self.context.hint.ring(), gpa, exchange)
             .ok_or(AccessError::Mmio { gpa, len: size })
     }
 
@@ -180,10 +187,10 @@ impl Vcpu {
     ) -> Result<Gpa, AccessError> {
         debug_assert!(access.kind == Kind::Write);
         let gpa = self.locate(map, gva, access)?;
-        let slot = map.slot(gpa.gfn(), &self.context.hint);
-        match slot.filter(|slot| !slot.is_read_only()) {
-            Some(_) => Ok(gpa),
-            None => Err(AccessError::Mmio { gpa, len }),
+        match map.page(gpa.gfn()) {
+            Some(page) if page.is_writable() => Ok(gpa),
+            Some(page) if !page.slot.is_read_only() => Err(AccessError::HostReadOnly { gpa }),
+            _ => Err(AccessError::Mmio { gpa, len }),
         }
     }
 }

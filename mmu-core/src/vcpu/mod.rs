@@ -13,6 +13,7 @@ pub(crate) use soft::SoftProcessor;
 pub use soft::{Session, SoftExit, SoftVcpu};
 
 use crate::addr::{Gva, LEVELS, Machine};
+use crate::memory::DirtyRing;
 use crate::paging::{Access, BadRegisters, Fault, Illegal, PagingMode, Regs, Walk, bits};
 use crate::shadow::{
     Context, Cursor, Downgrade, Engine, FaultInfo, FrameId, Generation, Outcome, Processor, Regime,
@@ -66,7 +67,8 @@ pub enum VcpuError {
 pub enum Entry {
     /// The vCPU is inside: run it on this root.
     Run {
-        /// Machine address of the root table.
+        /// Machine address of the root table. If it is not the one of the last entry, translations
+        /// made under that one must go, as a processor drops them when it loads CR3.
         root: Machine,
         /// The generation that was handed out; [`Vcpu::drained`] once the processor has applied it.
         generation: Generation,
@@ -75,6 +77,9 @@ pub enum Entry {
     RootOutside,
     /// Somebody wants the thread back ([`VcpuHandle::request_exit`]). The vCPU is outside.
     Exit,
+    /// The dirty ring has reached its soft limit ([`Vcpu::set_dirty_ring`]): pages must be collected
+    /// first. The vCPU is outside.
+    RingFull,
 }
 
 /// Another thread's hold on a vCPU.
@@ -235,7 +240,7 @@ impl Vcpu {
     fn root(&mut self, user: bool) -> Result<Option<FrameId>, Stall> {
         // Dead roots of either privilege go: their frames wait for it.
         for held in &mut self.roots {
-            if let Some(dead) = held.take_if(|root| !self.engine.is_live(*root)) {
+            if let Some(dead) = held.take_if(|root| !self.engine.is_current(*root)) {
                 self.engine.release_root(dead);
             }
         }
@@ -256,7 +261,7 @@ impl Vcpu {
     /// Whether the operation that stalled must wait on. Poll it outside the guest; a consumer
     /// whose processor remembers tables outside (unless [`Processor::forgets_outside`]) must let it
     /// drain inside between polls, without running guest code, so that two vCPUs that wait for each
-    /// other get on. The poll that ends a wait for table frames waits for open read sections.
+    /// other get on. Waits for nobody itself.
     pub fn must_wait(&mut self, stall: Stall) -> bool {
         self.leave();
         if self.stall.replace(stall) != Some(stall) {
@@ -266,16 +271,23 @@ impl Vcpu {
         self.wait.step();
         let wait = match stall {
             Stall::Flush(generation) => !self.engine.flush.acknowledged(generation, kick),
-            Stall::Frames(generation) => !self.engine.flush.drained(generation, kick),
+            Stall::Frames(generation) => {
+                !self.engine.flush.drained(generation, kick)
+                    || !self.engine.frames_are_back(&self.context, kick)
+            }
+            Stall::Invalidation(ended) => self.engine.invalidations_ended() == ended,
         };
         if !wait {
             self.stall = None;
-            if let Stall::Frames(_) = stall {
-                // The frames come back with the end of the read sections that know them.
-                self.context.handle.synchronize();
-            }
         }
         wait
+    }
+
+    /// Lists each page that this vCPU dirties from now on, in slots whose log uses write-protection,
+    /// when its bit in the log is set; `None` ends that. Pages that others dirty (devices, the host)
+    /// are in the slots' logs alone.
+    pub fn set_dirty_ring(&mut self, ring: Option<Arc<DirtyRing>>) {
+        self.context.hint.set_ring(ring);
     }
 
     /// Prepares to run the guest at one privilege: handles requests, loads the root, hands
@@ -289,8 +301,16 @@ impl Vcpu {
             if self.cursor.take_requests() & request::EXIT != 0 {
                 return Ok(Entry::Exit);
             }
+            if self.context.hint.ring().is_some_and(DirtyRing::is_soft_full) {
+                return Ok(Entry::RingFull);
+            }
             let Some(root) = self.root(user)? else { return Ok(Entry::RootOutside) };
             let generation = self.cursor.drain(&self.engine.flush, &mut apply);
+            // R19: a root that became obsolete before the generation that is acknowledged now must
+            // not be run on.
+            if !self.engine.is_current(root) {
+                continue;
+            }
             if self.cursor.enter() {
                 if self.loaded != Some(root) {
                     self.engine.hold_root(root);
@@ -354,7 +374,7 @@ fn compile(engine: &Engine, context: &Context, regs: &Regs) -> Result<PagingMode
     }
     let guard = context.handle.pin();
     let map = engine.memory.load(&guard);
-    match map.slot(mode.root(), &context.hint) {
+    match map.slot(mode.root()) {
         Some(_) => Ok(mode),
         None => Err(VcpuError::RootOutside { cr3 }),
     }

@@ -8,9 +8,7 @@ use super::{AccessError, Entry, Vcpu, VcpuHandle};
 use crate::addr::{Gpa, Gva, LEVELS, PAGE_SIZE};
 use crate::memory::PAGE_WORDS;
 use crate::paging::{Access, Fault, Kind};
-use crate::shadow::{
-    Downgrade, Exchange, FrameId, Location, Outcome, Processor, Spte, Stall, index,
-};
+use crate::shadow::{Downgrade, Exchange, FrameId, Location, Outcome, Processor, Stall, index};
 use crate::sync::{AtomicU64, Backoff, Ordering};
 use core::fmt;
 
@@ -39,6 +37,9 @@ pub enum SoftExit {
     /// The access is the VMM's to emulate: no memory, or a write to read-only memory.
     #[error("no memory at guest-physical {0}")]
     Mmio(Gpa),
+    /// A write to a page that the host has made read-only: the VMM's to make writable again.
+    #[error("the host has made the page at guest-physical {0} read-only")]
+    HostReadOnly(Gpa),
     /// The address is in the part of the address space that the consumer has reserved.
     #[error("{0} is reserved by the VMM")]
     Reserved(Gva),
@@ -53,6 +54,9 @@ pub enum SoftExit {
     /// Somebody wants the thread back.
     #[error("the vCPU was asked to exit")]
     Requested,
+    /// The dirty ring has reached its soft limit: collect pages, then go on.
+    #[error("the dirty ring is full")]
+    RingFull,
 }
 
 #[derive(Clone, Copy)]
@@ -307,6 +311,7 @@ impl Session<'_> {
         access(&self.cpu.vcpu).map_err(|error| match error {
             AccessError::Fault(fault) => SoftExit::Fault(fault),
             AccessError::Mmio { gpa, .. } => SoftExit::Mmio(gpa),
+            AccessError::HostReadOnly { gpa } => SoftExit::HostReadOnly(gpa),
             AccessError::Unsupported { gva, size } => SoftExit::Unsupported { gva, size },
         })
     }
@@ -342,6 +347,7 @@ impl Session<'_> {
                 Ok(Outcome::Guest(fault)) => return Err(SoftExit::Fault(fault)),
                 Ok(Outcome::Emulate { .. }) => return Ok(Found::Emulate),
                 Ok(Outcome::Mmio { gpa }) => return Err(SoftExit::Mmio(gpa)),
+                Ok(Outcome::HostReadOnly { gpa }) => return Err(SoftExit::HostReadOnly(gpa)),
                 Ok(Outcome::Reserved) => return Err(SoftExit::Reserved(gva)),
                 Err(stall) => self.wait(stall),
             }
@@ -381,11 +387,16 @@ impl Session<'_> {
                 Ok(Entry::Run { generation, .. }) => {
                     self.inside = true;
                     self.cpu.vcpu.drained(generation);
-                    self.cpu.roots = self.cpu.vcpu.roots;
+                    if self.cpu.roots != self.cpu.vcpu.roots {
+                        // As a load of CR3 does: the old tree may have become obsolete.
+                        self.cpu.flush_all();
+                        self.cpu.roots = self.cpu.vcpu.roots;
+                    }
                     return Ok(true);
                 }
                 Ok(Entry::RootOutside) => return Ok(false),
                 Ok(Entry::Exit) => return Err(SoftExit::Requested),
+                Ok(Entry::RingFull) => return Err(SoftExit::RingFull),
                 Err(stall) => self.wait(stall),
             }
         }
@@ -399,24 +410,32 @@ impl Session<'_> {
             return None;
         }
         let mut table = self.cpu.roots[usize::from(access.user)]?;
-        let mut spte = Spte::EMPTY;
-        for level in (1..=LEVELS).rev() {
-            spte = engine.entry(Location::new(table, index(gva, level)));
+        let mut entry = Location::new(table, index(gva, LEVELS));
+        let mut spte = engine.entry(entry);
+        for level in (1..LEVELS).rev() {
             if !spte.is_present() {
                 return None;
             }
-            if level > 1 {
-                table = engine.table_at(spte.machine())?;
-            }
+            table = engine.table_at(spte.machine())?;
+            entry = Location::new(table, index(gva, level));
+            spte = engine.entry(entry);
         }
-        let (write, execute) = (spte.is_writable(), spte.is_executable());
-        if access.kind == Kind::Write && !write || access.kind == Kind::Execute && !execute {
+        let write = access.kind == Kind::Write;
+        let execute = spte.is_executable();
+        if !spte.is_present()
+            || write && !spte.is_writable()
+            || access.kind == Kind::Execute && !execute
+        {
             return None;
         }
+        // As a processor does: A when it translates, D when it writes (SDM vol. 3, 5.8).
+        let spte = engine.use_entry(entry, spte, write)?;
         // From machine address to pointer: what a processor's memory bus does.
         let guard = self.cpu.vcpu.context.handle.pin();
-        let (slot_of, page) = engine.memory.load(&guard).by_machine(spte.machine())?;
-        let page = slot_of.word(page, 0)? as *const AtomicU64;
+        let page = engine.memory.load(&guard).by_machine(spte.machine())?;
+        let page = page.word(0)? as *const AtomicU64;
+        // A write through this translation needs no second look at the entry only if D is set.
+        let write = spte.is_dirty();
         self.cpu.tlb[slot(gva)] = Translation { tag: tag(gva, access.user), page, write, execute };
         Some(page)
     }

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A slot's memory and what the engine keeps for its pages.
+//!
+//! It outlives every change of the slot's place and flags: successive memslots that a VMM knows by
+//! one number share one region, and so their reverse maps, dirty log and pinned pages.
+
+use super::backing::{Backing, PAGE_WORDS};
+use super::pin::Pins;
+use super::{DirtyLog, Invalid, SlotError, SlotId};
+use crate::addr::{Hva, Machine, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_BITS};
+use crate::sync::{AtomicU64, LazyArray, LocationSet, Ordering};
+use core::fmt;
+use core::ops::Range;
+use core::ptr::NonNull;
+use std::sync::Arc;
+
+/// See the module. Everything for a page is allocated in chunks on first use.
+pub(crate) struct Region {
+    /// Shadow entries that map the page.
+    pub(crate) rmap: LazyArray<LocationSet>,
+    /// Shadow pages that shadow the page as a guest page table. While there is one the page must
+    /// not be writable.
+    pub(crate) shadows: LazyArray<LocationSet>,
+    pub(crate) dirty: DirtyLog,
+    /// What the host has taken away for a while (R7).
+    pub(crate) invalid: Invalid,
+    pub(super) pins: Pins,
+    /// One bit for each page that the host has made read-only.
+    host_read_only: LazyArray<AtomicU64>,
+    pages: u64,
+    machine: Machine,
+    /// `backing.words()`, asked once.
+    words: NonNull<[AtomicU64]>,
+    backing: Arc<dyn Backing>,
+}
+
+// SAFETY: `words` points into `backing`, which is `Send + Sync` and lends its memory as atomics.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    pub(super) fn new(id: SlotId, size: u64, backing: Arc<dyn Backing>) -> Result<Self, SlotError> {
+        if size == 0 {
+            return Err(SlotError::ZeroSize(id));
+        }
+        if size % PAGE_SIZE != 0 {
+            return Err(SlotError::MisalignedSize { id, size });
+        }
+        if size > backing.size() {
+            return Err(SlotError::BackingTooSmall { id, size, backing: backing.size() });
+        }
+        let machine = backing.machine();
+        let end = machine.0.checked_add(size);
+        if machine.page_offset() != 0 || end.is_none_or(|end| end > 1 << PHYSICAL_BITS) {
+            return Err(SlotError::BadMachineAddress { id, machine });
+        }
+        let pages = size >> PAGE_SHIFT;
+        let dirty = match backing.dirty_log() {
+            Some(log) if log.pages() < pages => {
+                return Err(SlotError::LogTooSmall { id, pages, log: log.pages() });
+            }
+            Some(log) => log.clone(),
+            None => DirtyLog::new(size),
+        };
+        let words = NonNull::from(&backing.words()[..pages as usize * PAGE_WORDS]);
+        Ok(Self {
+            rmap: LazyArray::new(pages as usize),
+            shadows: LazyArray::new(pages as usize),
+            dirty,
+            invalid: Invalid::default(),
+            pins: Pins::default(),
+            host_read_only: LazyArray::new(pages.div_ceil(64) as usize),
+            pages,
+            machine,
+            words,
+            backing,
+        })
+    }
+
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    pub(crate) fn backing(&self) -> &Arc<dyn Backing> {
+        &self.backing
+    }
+
+    pub(crate) fn machine(&self) -> Machine {
+        self.machine
+    }
+
+    /// Machine address of the page with this index.
+    #[inline]
+    pub(crate) fn machine_of(&self, index: usize) -> Machine {
+        Machine(self.machine.0 + ((index as u64) << PAGE_SHIFT))
+    }
+
+    /// First address in this process.
+    pub(crate) fn hva(&self) -> Hva {
+        Hva(self.words.as_ptr().cast::<AtomicU64>() as u64)
+    }
+
+    #[inline]
+    pub(crate) fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the slice belongs to `backing`, which this region keeps alive; `Backing` promises
+        // that it stays valid and is used as atomics only.
+        unsafe { self.words.as_ref() }
+    }
+
+    /// The word that holds the byte at `offset` (below 4096) of a page; `None` beyond the words
+    /// that a model gives a page.
+    #[inline]
+    pub(crate) fn word(&self, index: usize, offset: u64) -> Option<&AtomicU64> {
+        let word = (offset / 8) as usize;
+        if cfg!(loom) && word >= PAGE_WORDS {
+            return None;
+        }
+        self.words().get(index * PAGE_WORDS + word)
+    }
+
+    /// Pages pinned at the moment, as often as they are.
+    pub(crate) fn pinned_pages(&self) -> u64 {
+        self.pins.count()
+    }
+
+    /// Reports every page that is pinned for writing.
+    pub(crate) fn written_pins(&self, report: impl FnMut(usize)) {
+        self.pins.written(report);
+    }
+
+    /// Whether the page is a guest page table that has a shadow. A Relaxed load: the caller orders
+    /// it (R2).
+    #[inline]
+    pub(crate) fn is_shadowed(&self, index: usize) -> bool {
+        self.shadows.get(index).is_some_and(|shadows| !shadows.is_empty())
+    }
+
+    /// Whether the host has made the page read-only. A Relaxed load: the caller orders it (R7).
+    #[inline]
+    pub(crate) fn is_host_read_only(&self, index: usize) -> bool {
+        let word = self.host_read_only.get(index / 64);
+        word.is_some_and(|bits| bits.load(Ordering::Relaxed) >> (index % 64) & 1 != 0)
+    }
+
+    /// The host makes pages read-only, or writable again.
+    pub(crate) fn set_host_read_only(&self, pages: Range<usize>, read_only: bool) {
+        for word in pages.start / 64..pages.end.div_ceil(64) {
+            let from = pages.start.saturating_sub(word * 64).min(64);
+            let to = (pages.end - word * 64).min(64);
+            let mask = (u64::MAX >> (64 - (to - from))) << from;
+            // Release: a fault that sees a page writable again sees what the host did before.
+            if read_only {
+                self.host_read_only.get_or_alloc(word).fetch_or(mask, Ordering::Release);
+            } else if let Some(bits) = self.host_read_only.get(word) {
+                bits.fetch_and(!mask, Ordering::Release);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region")
+            .field("pages", &self.pages)
+            .field("machine", &self.machine)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Entries that say "no memory there", so that an access to a device costs no walk of the guest's
+//! tables.
+//!
+//! Such an entry carries the generation of the memory map by which there is none, and means nothing
+//! by any other map (R9). A map and its generation are one snapshot: there is no moment at which a
+//! fault could take one from before a change and the other from after it. When the generations of
+//! the entries have all been used, everything is zapped ([`Engine::publish`]).
+
+use super::fault::{Attempt, FaultInfo, Retry};
+use super::location::{FrameId, Location};
+use super::spte::Spte;
+use super::{Engine, index};
+use crate::addr::Gpa;
+use crate::memory::MemoryMap;
+use crate::paging::{Kind, Step, Walk};
+use crate::sync::rule;
+
+impl Engine {
+    /// The guest-physical address, if the shadow knows that there is no memory.
+    pub(super) fn known_mmio(&self, map: &MemoryMap, info: &FaultInfo<'_>) -> Option<Gpa> {
+        // The entry says nothing of instruction fetches, nor of accesses that SMAP treats otherwise.
+        let apart = info.access.kind == Kind::Execute || info.access.implicit;
+        if apart || !self.is_current(info.root) {
+            return None;
+        }
+        let mut table = info.root;
+        for level in (2..=info.mode.levels()).rev() {
+            let entry = self.entry(Location::new(table, index(info.gva, level)));
+            table = entry.is_present().then(|| self.table_at(entry.machine()))??;
+        }
+        let entry = self.entry(Location::new(table, index(info.gva, 1)));
+        let (gfn, write) = entry.is_mmio().then(|| entry.mmio_frame(map.generation())).flatten()?;
+        let allowed = write || info.access.kind != Kind::Write;
+        allowed.then(|| gfn.gpa().wrapping_add(info.gva.page_offset()))
+    }
+}
+
+impl Attempt<'_> {
+    /// Remembers that by this map there is no memory at the walk's end.
+    pub(super) fn note_mmio(
+        &self,
+        table: FrameId,
+        walk: &Walk,
+        step: Option<&Step>,
+    ) -> Result<(), Retry> {
+        self.engine.ensure_protected(self.stats, self.map, table)?;
+        let allowed = self.allowed(walk);
+        let at = Location::new(table, index(self.info.gva, 1));
+        let old = self.engine.entry(at);
+        if !allowed.read || !(old == Spte::EMPTY || old.is_mmio()) {
+            return Ok(());
+        }
+        let generation = if rule!(R09) {
+            self.map.generation()
+        } else {
+            self.engine.memory.load(self.guard).generation()
+        };
+        // R35, as for any entry: writable only if the guest's has D.
+        let write = allowed.write && walk.dirty;
+        let entry = Spte::mmio(walk.gpa.gfn(), write, generation);
+        if old != entry {
+            self.publish(at, old, None, || self.unchanged(step, write).then_some(entry));
+        }
+        Ok(())
+    }
+}
