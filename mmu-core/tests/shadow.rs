@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Guest, MIB, PAGE, RWU};
+use common::{Guest, MIB, PAGE, RWU, load, reason, store};
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig, SlotId};
 use mmu_core::paging::{Reason, Regs, bits};
@@ -12,21 +12,6 @@ use mmu_core::vcpu::{SoftExit, SoftVcpu, VcpuError};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-
-fn load(cpu: &mut SoftVcpu, gva: u64) -> u64 {
-    cpu.session().load_u64(Gva(gva), true).unwrap()
-}
-
-fn store(cpu: &mut SoftVcpu, gva: u64, value: u64) {
-    cpu.session().store(Gva(gva), &value.to_le_bytes(), true).unwrap();
-}
-
-fn reason(result: Result<(), SoftExit>) -> Reason {
-    match result {
-        Err(SoftExit::Fault(fault)) => fault.reason,
-        other => panic!("{other:?}"),
-    }
-}
 
 #[test]
 fn pages_are_mapped_on_demand() {

@@ -56,13 +56,36 @@ pub(crate) struct View<'m> {
     pub(crate) words: &'m [AtomicU64],
 }
 
-/// Remembers where the last look-up ended, so that the next one in the same stretch costs an add
-/// and a compare. A vCPU's also knows its dirty ring. Belongs to one reader.
+/// Stretches that a [`Hint`] remembers: the levels of a walk take turns, and each goes back to the
+/// same slots again and again.
+const TURNS: usize = 4;
+
+/// Remembers where the last look-ups ended, so that the next ones in the same stretches cost an add
+/// and a compare each. A vCPU's also knows its dirty ring. Belongs to one reader.
 #[derive(Clone, Debug, Default)]
 pub struct Hint {
-    last: Cell<Last>,
+    /// The map that it was left by.
+    map: Cell<u64>,
+    last: [Last; TURNS],
     ring: Option<Arc<DirtyRing>>,
 }
+
+#[derive(Clone, Debug)]
+struct Last {
+    /// First guest frame, and number of them.
+    start: Cell<u64>,
+    pages: Cell<u64>,
+    words: Cell<NonNull<AtomicU64>>,
+}
+
+impl Default for Last {
+    fn default() -> Self {
+        Self { start: Cell::new(0), pages: Cell::new(0), words: Cell::new(NonNull::dangling()) }
+    }
+}
+
+// SAFETY: the pointers are used only while the map that left them is borrowed.
+unsafe impl Send for Hint {}
 
 impl Hint {
     /// Where pages that this reader dirties are listed.
@@ -74,19 +97,6 @@ impl Hint {
         self.ring = ring;
     }
 }
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Last {
-    /// The map that it was found in.
-    map: u64,
-    /// First guest frame, and number of them.
-    base: u64,
-    pages: u64,
-    words: Option<NonNull<AtomicU64>>,
-}
-
-// SAFETY: the pointer is used only while the map that it was found in is borrowed.
-unsafe impl Send for Hint {}
 
 /// An immutable map from guest-physical memory to memslots.
 #[derive(Debug)]
@@ -342,39 +352,38 @@ impl MemoryMap {
         found.is_some_and(|(slot, _)| core::ptr::eq(&**slot.region(), region))
     }
 
-    /// The memory around the frame.
-    #[inline]
-    pub(crate) fn view(&self, gfn: Gfn, hint: &Hint) -> Option<View<'_>> {
+    /// The memory around the frame. `turn` is which of the hint's stretches to try.
+    #[inline(always)]
+    pub(crate) fn view(&self, gfn: Gfn, hint: &Hint, turn: usize) -> Option<View<'_>> {
         self.life.check();
-        let mut last = hint.last.get();
-        if last.map != self.id || gfn.0.wrapping_sub(last.base) >= last.pages {
-            last = self.look_up(gfn)?;
-            hint.last.set(last);
+        let last = &hint.last[turn % TURNS];
+        if hint.map.get() != self.id || gfn.0.wrapping_sub(last.start.get()) >= last.pages.get() {
+            self.remember(gfn, hint, turn)?;
         }
-        self.view_of(last)
+        // SAFETY: the stretch was left by this map.
+        Some(unsafe { View::new(last.start.get(), last.pages.get(), last.words.get()) })
+    }
+
+    #[inline(never)]
+    fn remember(&self, gfn: Gfn, hint: &Hint, turn: usize) -> Option<()> {
+        let (range, place) = self.places.range_of(gfn.0)?;
+        if hint.map.replace(self.id) != self.id {
+            hint.last.iter().for_each(|last| last.pages.set(0));
+        }
+        let last = &hint.last[turn % TURNS];
+        last.start.set(range.start);
+        last.pages.set(range.end - range.start);
+        last.words.set(place.words);
+        Some(())
     }
 
     /// The same, neither trying nor changing a hint.
     #[inline]
     pub(crate) fn view_unhinted(&self, gfn: Gfn) -> Option<View<'_>> {
         self.life.check();
-        self.view_of(self.look_up(gfn)?)
-    }
-
-    #[inline]
-    fn look_up(&self, gfn: Gfn) -> Option<Last> {
         let (range, place) = self.places.range_of(gfn.0)?;
-        let pages = range.end - range.start;
-        Some(Last { map: self.id, base: range.start, pages, words: Some(place.words) })
-    }
-
-    #[inline]
-    fn view_of(&self, found: Last) -> Option<View<'_>> {
-        let words = NonNull::slice_from_raw_parts(found.words?, found.pages as usize * PAGE_WORDS);
-        // SAFETY: `found` is of this map, which keeps the slot alive as long as it lives, and with
-        // it the memory, which `Backing` promises to stay where it is and to be used as atomics
-        // only. A place has as many pages as its range.
-        Some(View { base: Gfn(found.base).gpa(), words: unsafe { words.as_ref() } })
+        // SAFETY: the stretch is of this map.
+        Some(unsafe { View::new(range.start, range.end - range.start, place.words) })
     }
 
     /// The page that a machine address belongs to.
@@ -389,7 +398,7 @@ impl MemoryMap {
     #[inline]
     #[must_use]
     pub fn word(&self, gpa: Gpa, hint: &Hint) -> Option<&AtomicU64> {
-        let View { base, words } = self.view(gpa.gfn(), hint)?;
+        let View { base, words } = self.view(gpa.gfn(), hint, 0)?;
         let offset = gpa.0 - base.0;
         let word = (offset % PAGE_SIZE / 8) as usize;
         if cfg!(loom) && word >= PAGE_WORDS {
@@ -434,6 +443,19 @@ impl MemoryMap {
             done += page;
         }
         done
+    }
+}
+
+impl View<'_> {
+    /// # Safety
+    ///
+    /// The stretch must be of a map that lives as long as the view.
+    #[inline]
+    unsafe fn new(start: u64, pages: u64, words: NonNull<AtomicU64>) -> Self {
+        let words = NonNull::slice_from_raw_parts(words, pages as usize * PAGE_WORDS);
+        // SAFETY: the map keeps the slot alive, and with it the memory, which `Backing` promises to
+        // stay where it is and to be used as atomics only. A place has as many pages as its range.
+        Self { base: Gfn(start).gpa(), words: unsafe { words.as_ref() } }
     }
 }
 

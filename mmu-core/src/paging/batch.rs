@@ -60,7 +60,7 @@ impl PagingMode {
             } else {
                 self.root
             };
-            *lane = window.entry::<L>(map, table, gva.0, L::LEVELS);
+            *lane = window.entry::<L>(map, hint, table, gva.0, L::LEVELS);
         }
         for level in (2..=L::LEVELS).rev() {
             // The entry looked at last, what it was, and where it led.
@@ -77,7 +77,7 @@ impl PagingMode {
                 last = (Some(cell), entry);
                 *lane = None;
                 if entry & self.masks.table == P {
-                    *lane = window.entry::<L>(map, entry & ADDR, gva.0, level - 1);
+                    *lane = window.entry::<L>(map, hint, entry & ADDR, gva.0, level - 1);
                     if let Some(next) = *lane {
                         prefetch(next);
                     }

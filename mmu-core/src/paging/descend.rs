@@ -43,15 +43,19 @@ pub(super) struct Window<'m> {
 impl<'m> Window<'m> {
     #[inline(always)]
     pub(super) fn at(map: &'m MemoryMap, hint: &Hint, table: u64) -> Option<Self> {
-        let View { base, words } = map.view(Gfn(table >> PAGE_SHIFT), hint)?;
+        let View { base, words } = map.view(Gfn(table >> PAGE_SHIFT), hint, 0)?;
         Some(Self { words, base: base.0 })
     }
 
-    /// The same out of line, for tables in another slot than the last. The hint stays with the
-    /// top table, where the next walk will begin.
-    #[inline(never)]
-    fn move_to(map: &'m MemoryMap, table: u64) -> Option<Self> {
-        let View { base, words } = map.view_unhinted(Gfn(table >> PAGE_SHIFT))?;
+    /// The same for a table in another slot than the last. Each level but the lowest, where walks
+    /// differ most, has a turn of its own in the hint.
+    #[inline(always)]
+    fn move_to(map: &'m MemoryMap, hint: &Hint, table: u64, level: u8) -> Option<Self> {
+        let gfn = Gfn(table >> PAGE_SHIFT);
+        let View { base, words } = match level {
+            1 => map.view_unhinted(gfn)?,
+            _ => map.view(gfn, hint, level as usize)?,
+        };
         Some(Self { words, base: base.0 })
     }
 
@@ -60,6 +64,7 @@ impl<'m> Window<'m> {
     pub(super) fn entry<L: Layout>(
         &mut self,
         map: &'m MemoryMap,
+        hint: &Hint,
         table: u64,
         gva: u64,
         level: u8,
@@ -69,7 +74,7 @@ impl<'m> Window<'m> {
         if let Some(cell) = self.word(table, word) {
             return Some(cell);
         }
-        *self = Self::move_to(map, table)?;
+        *self = Self::move_to(map, hint, table, level)?;
         self.word(table, word)
     }
 

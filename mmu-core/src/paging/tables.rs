@@ -60,7 +60,7 @@ impl<'m> Source for Live<'m> {
         gva: u64,
         level: u8,
     ) -> Option<u64> {
-        let cell = window.entry::<L>(self.map, table, gva, level)?;
+        let cell = window.entry::<L>(self.map, self.hint, table, gva, level)?;
         // Acquire: a table that another vCPU filled before it stored this entry is seen full.
         let stored = cell.load(Ordering::Acquire);
         Some(if L::WIDE { stored } else { half(stored, L::index(gva, level)) })

@@ -4,8 +4,8 @@
 
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{AllocatedMemory, SlotConfig};
-use mmu_core::paging::{Regs, bits};
-use mmu_core::vcpu::SoftVcpu;
+use mmu_core::paging::{Reason, Regs, bits};
+use mmu_core::vcpu::{SoftExit, SoftVcpu};
 use mmu_core::{Config, Mmu};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -76,5 +76,20 @@ impl Guest {
 
     pub fn audit(&self) -> mmu_core::shadow::AuditReport {
         self.mmu.audit().unwrap_or_else(|error| panic!("audit: {error}"))
+    }
+}
+
+pub fn load(cpu: &mut SoftVcpu, gva: u64) -> u64 {
+    cpu.session().load_u64(Gva(gva), true).unwrap()
+}
+
+pub fn store(cpu: &mut SoftVcpu, gva: u64, value: u64) {
+    cpu.session().store(Gva(gva), &value.to_le_bytes(), true).unwrap();
+}
+
+pub fn reason(result: Result<(), SoftExit>) -> Reason {
+    match result {
+        Err(SoftExit::Fault(fault)) => fault.reason,
+        other => panic!("{other:?}"),
     }
 }
