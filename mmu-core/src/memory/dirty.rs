@@ -45,20 +45,21 @@ use std::sync::Arc;
 ///
 #[cfg_attr(feature = "vm-memory", doc = "```")]
 #[cfg_attr(not(feature = "vm-memory"), doc = "```ignore")]
-/// use mmu_core::memory::{Backing, DirtyLog, VmMemoryRegion};
+/// use mmu_core::memory::{AllocatedMemory, DirtyLog, SlotConfig, SlotId, VmMemoryRegion, runs};
+/// use mmu_core::{Config, Mmu};
 /// use std::sync::Arc;
-/// use vm_memory::bitmap::Bitmap;
 /// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 ///
 /// let ranges = [(GuestAddress(0), 1 << 20)];
 /// let memory = Arc::new(GuestMemoryMmap::<DirtyLog>::from_ranges(&ranges)?);
 /// let region = VmMemoryRegion::with_dirty_log(Arc::clone(&memory), GuestAddress(0))?;
-/// let log = region.dirty_log().expect("the region's bitmap");
-/// assert_eq!(log.pages(), 256);
+/// let mmu = Mmu::new(Config::new(Arc::new(AllocatedMemory::new(1 << 20))))?;
+/// mmu.create_slot(SlotConfig::new(0, region.base(), Arc::new(region)).log_dirty())?;
 ///
-/// // No memslot logs yet, so this is not recorded.
-/// memory.write_slice(b"before", GuestAddress(0x5000))?;
-/// assert!(!log.is_enabled() && !log.dirty_at(0x5000));
+/// memory.write_slice(&[1; 0x2000], GuestAddress(0x5000))?;
+/// let mut bitmap = [0; 4];
+/// mmu.dirty_log(SlotId(0), &mut bitmap)?;
+/// assert_eq!(runs(&bitmap).collect::<Vec<_>>(), [5..7]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default)]
