@@ -108,7 +108,9 @@ impl Memory for &mut Vcpu {
         Ok(Vcpu::set_cr3(self, cr3).map_err(|_| Exception::gp(0))?)
     }
 
-    fn invalidate(&mut self, _gva: Option<Gva>) {}
+    fn invalidate(&mut self, _gva: Option<Gva>) {
+        Vcpu::invalidate(self);
+    }
 }
 
 /// Through the shadow: whole programs for a software vCPU.
@@ -147,8 +149,7 @@ impl Memory for Inside<'_> {
     fn invalidate(&mut self, gva: Option<Gva>) {
         match gva {
             Some(gva) => self.session.invlpg(gva),
-            // What was changed before takes effect when the vCPU drains, on its way back in.
-            None => self.session.leave(),
+            None => self.session.flush(),
         }
     }
 }

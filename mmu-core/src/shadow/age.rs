@@ -36,6 +36,10 @@ impl Engine {
                 next = self.next_mapped(&slot, end..pages.end);
             }
         }
+        if clear && young > 0 {
+            // So that processors look again.
+            self.flush.nudge();
+        }
         Ok(young)
     }
 
@@ -66,7 +70,6 @@ impl Engine {
                     let aged = if clear { old.aged() } else { return };
                     match self.exchange(at, old, aged) {
                         Ok(()) => {
-                            // So that the processor looks again some day.
                             let narrowing = narrowing.get_or_insert_with(|| self.flush.narrow());
                             narrowing.entry(at, self.gva_of(at));
                             break;

@@ -22,17 +22,18 @@ impl Engine {
         self.report_pins(slot, bitmap);
         self.gather(slot, handle);
         let mut pages = 0;
-        let mut settled = None;
+        let mut protected = false;
         for (word, out) in bitmap.iter_mut().enumerate() {
             let taken = slot.region().dirty.clear(word, within(slot, word));
             *out |= taken;
             pages += u64::from(out.count_ones());
             if taken != 0 {
-                settled = Some(self.protect_word(slot, word, taken, handle));
+                self.protect_word(slot, word, taken, handle);
+                protected = true;
             }
         }
-        if let Some(generation) = settled {
-            self.wait_acknowledged(generation);
+        if protected {
+            self.wait_acknowledged(self.flush.cover());
         }
         pages
     }
@@ -66,16 +67,17 @@ impl Engine {
         handle: &Handle,
     ) -> u64 {
         let mut pages = 0;
-        let mut settled = None;
+        let mut protected = false;
         for (word, mask) in (first..).zip(bitmap).filter(|(_, mask)| **mask != 0) {
             let cleared = slot.region().dirty.clear(word, mask & within(slot, word));
             pages += u64::from(cleared.count_ones());
             if cleared != 0 {
-                settled = Some(self.protect_word(slot, word, cleared, handle));
+                self.protect_word(slot, word, cleared, handle);
+                protected = true;
             }
         }
-        if let Some(generation) = settled {
-            self.wait_acknowledged(generation);
+        if protected {
+            self.wait_acknowledged(self.flush.cover());
         }
         pages
     }
@@ -84,29 +86,24 @@ impl Engine {
     /// end, are passed over.
     pub(crate) fn reset_dirty(&self, map: &MemoryMap, pages: &[DirtyPage], handle: &Handle) -> u64 {
         let mut reset = 0;
-        let mut settled = None;
+        let mut protected = false;
         for DirtyPage { slot, page } in pages {
             let Some(slot) = map.by_id(*slot).filter(|slot| *page < slot.pages()) else { continue };
             let (word, bit) = ((page / 64) as usize, 1 << (page % 64));
             if slot.region().dirty.clear(word, bit) != 0 {
                 reset += 1;
-                settled = Some(self.protect_word(slot, word, bit, handle));
+                self.protect_word(slot, word, bit, handle);
+                protected = true;
             }
         }
-        if let Some(generation) = settled {
-            self.wait_acknowledged(generation);
+        if protected {
+            self.wait_acknowledged(self.flush.cover());
         }
         reset
     }
 
-    /// Takes the right to write 64 pages at most without saying so; what to wait for.
-    fn protect_word(
-        &self,
-        slot: &Arc<Slot>,
-        word: usize,
-        bits: u64,
-        handle: &Handle,
-    ) -> super::Generation {
+    /// Takes the right to write 64 pages at most without saying so.
+    fn protect_word(&self, slot: &Arc<Slot>, word: usize, bits: u64, handle: &Handle) {
         let pages = || {
             let set = (0..64).filter(move |n| bits >> n & 1 != 0);
             set.map(move |n| Page { slot, index: word * 64 + n })
@@ -117,7 +114,7 @@ impl Engine {
             let mut narrowing = self.flush.narrow();
             pages().for_each(|page| self.protect(page, &mut narrowing, &self.stats));
         }
-        self.flush.settled(|n| pages().for_each(|page| self.record(page, n)))
+        self.flush.met(|n| pages().for_each(|page| self.record(page, n)));
     }
 
     /// R13: before the bits, so that a page released meanwhile has its bit by then.

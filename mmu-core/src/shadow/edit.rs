@@ -71,7 +71,7 @@ impl Engine {
 
     /// Drops the shadow entries made from guest entries in the `len` bytes at `gpa`, which were
     /// just written. No vCPU is interrupted: architecturally a translation may be used until its
-    /// vCPU invalidates it (SDM vol. 3, 5.10.4), and each drains before it enters the guest.
+    /// vCPU invalidates it (SDM vol. 3, 5.10.4).
     pub(crate) fn guest_wrote(
         &self,
         stats: &Stats,

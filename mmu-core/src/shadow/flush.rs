@@ -2,17 +2,24 @@
 //! Remote flushes: how every processor comes to forget an entry that was taken away.
 //!
 //! Processors walk shadow tables without a pin and remember what they saw. So an entry that is
-//! cleared or narrowed is recorded in one log that every vCPU reads with a cursor of its own:
+//! cleared or narrowed is recorded in a log that every vCPU reads with a cursor of its own. There are
+//! several logs, and a thread always writes to the same one, so that guests that edit their tables
+//! at the same time do not write the same lines:
 //!
-//! * *Narrowing* ([`Flush::narrow`]): count `in_flight` up, change entries, append a record for
-//!   each, count the generation up, count `in_flight` down. Nobody is interrupted.
-//! * *Draining* ([`Cursor::drain`]): read the generation, hand out the records since the last
-//!   drain, acknowledge that generation. A vCPU drains before it enters the guest.
+//! * *Narrowing* ([`Flush::narrow`]): count `in_flight` of the thread's log up, change entries, append a
+//!   record for each, count `in_flight` down. Nobody is interrupted, and nothing VM-wide is written.
 //! * *Relying* ([`Flush::settled`]): whoever needs that nobody can use what was taken away, even
-//!   if it was somebody else who took it, obtains a generation to wait for and polls
-//!   [`Flush::acknowledged`], which asks vCPUs that are inside the guest to come out.
+//!   if it was somebody else who took it, scans, fences, records what it met if narrowings are in
+//!   flight, and, unless every vCPU has read all logs to their ends, counts the *generation* up and
+//!   polls [`Flush::acknowledged`], which asks vCPUs that are inside the guest to come out.
+//! * *Draining* ([`Cursor::drain`]): read the generation, fence, hand out the records of all logs since
+//!   the last drain, acknowledge that generation. A vCPU that was asked drains before it enters the
+//!   guest; others need not: what a guest's own edits take away a processor may use until it is told
+//!   to invalidate it (SDM vol. 3, 5.10.4).
 //!
-//! One log for all vCPUs, where the design notes have a queue for each: one append for each
+//! The two fences say: who reads a generation that was counted up after an append reads that record.
+//!
+//! A few logs for all vCPUs, where the design notes have a queue for each: one append for each
 //! record however many vCPUs there are, and a stopped writer or reader stops nobody. A record
 //! that a reader cannot get (overwritten, or its writer has not finished it) becomes
 //! [`Downgrade::Everything`].
@@ -20,14 +27,16 @@
 use super::location::{FrameId, Location};
 use super::stats::Stats;
 use crate::addr::Gva;
-use crate::sync::{AtomicU32, AtomicU64, Door, Mutex, Ordering, fence, lock, rule};
+use crate::sync::{AtomicU32, AtomicU64, Door, Mutex, Ordering, fence, lock, rule, thread_number};
 use core::fmt;
 use std::sync::Arc;
 
-/// Records the log holds; a vCPU that falls further behind flushes everything.
-const RECORDS: usize = if cfg!(loom) { 4 } else { 4096 };
+/// Records a log holds; a vCPU that falls further behind flushes everything.
+const RECORDS: usize = if cfg!(loom) { 4 } else { 1024 };
+/// Logs.
+const LOGS: usize = if cfg!(loom) { 2 } else { 16 };
 
-/// A flush generation: counts narrowings of the engine.
+/// A flush generation: counts the times that somebody relied on narrowings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Generation(pub(crate) u64);
 
@@ -91,6 +100,8 @@ pub(crate) struct VcpuState {
     seen: AtomicU64,
     /// Generation that was drained inside the guest: nothing older is remembered of any table.
     drained: AtomicU64,
+    /// How far it has read each log.
+    read: [AtomicU64; LOGS],
     processor: Arc<dyn Processor>,
     pub(crate) stats: Stats,
 }
@@ -136,42 +147,38 @@ struct Record {
 const FRAME_RECORD: u64 = 1 << 63;
 const ALL: u64 = 1;
 
+/// Where one thread in [`LOGS`] records.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Log {
+    in_flight: AtomicU64,
+    tail: AtomicU64,
+    records: Box<[Record]>,
+}
+
 /// The engine's flush state.
 #[derive(Debug)]
 pub(crate) struct Flush {
     generation: AtomicU64,
-    in_flight: AtomicU64,
-    tail: AtomicU64,
-    log: Box<[Record]>,
+    logs: [Log; LOGS],
     vcpus: Door<Vec<Arc<VcpuState>>>,
     /// Serialises changes of `vcpus`.
     membership: Mutex<()>,
 }
 
-impl Flush {
-    pub(crate) fn new() -> Self {
+impl Log {
+    fn new() -> Self {
         Self {
-            generation: AtomicU64::new(1),
             in_flight: AtomicU64::new(0),
             tail: AtomicU64::new(0),
-            log: (0..RECORDS).map(|_| Record::default()).collect(),
-            vcpus: Door::new(Arc::new(Vec::new())),
-            membership: Mutex::new(()),
+            records: (0..RECORDS).map(|_| Record::default()).collect(),
         }
-    }
-
-    /// Begins a narrowing. Entries may be changed while it lives; each is recorded by
-    /// [`Narrowing::push`] before anything that led to it (rmap, parents) is unlinked.
-    pub(crate) fn narrow(&self) -> Narrowing<'_> {
-        // Relaxed: the change of the entry, a release operation, publishes it.
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        Narrowing { flush: self, pushed: false }
     }
 
     fn append(&self, entry: u64, gva: u64) {
         // AcqRel: a drain that sees this position sees the change of the entry before it.
         let position = self.tail.fetch_add(1, Ordering::AcqRel);
-        let record = &self.log[position as usize % self.log.len()];
+        let record = &self.records[position as usize % self.records.len()];
         let complete = 2 * (position + 1);
         let old = record.sequence.load(Ordering::Relaxed);
         let mine = old % 2 == 0
@@ -194,7 +201,7 @@ impl Flush {
     }
 
     fn record(&self, position: u64) -> Option<Downgrade> {
-        let record = &self.log[position as usize % self.log.len()];
+        let record = &self.records[position as usize % self.records.len()];
         let complete = 2 * (position + 1);
         if record.sequence.load(Ordering::Acquire) != complete {
             return None;
@@ -212,23 +219,73 @@ impl Flush {
             Downgrade::Entry { entry: Location::from_word(entry), gva }
         })
     }
+}
+
+impl Flush {
+    pub(crate) fn new() -> Self {
+        Self {
+            generation: AtomicU64::new(1),
+            logs: core::array::from_fn(|_| Log::new()),
+            vcpus: Door::new(Arc::new(Vec::new())),
+            membership: Mutex::new(()),
+        }
+    }
+
+    /// Begins a narrowing. Entries may be changed while it lives; each is recorded by
+    /// [`Narrowing::entry`] before anything that led to it (rmap, parents) is unlinked.
+    pub(crate) fn narrow(&self) -> Narrowing<'_> {
+        let log = &self.logs[thread_number() % LOGS];
+        // Relaxed: the change of the entry, a release operation, publishes it.
+        log.in_flight.fetch_add(1, Ordering::Relaxed);
+        Narrowing { flush: self, log }
+    }
 
     /// After a scan that relies on entries having been narrowed by whomever: the generation to
     /// wait for. If narrowings are in flight, whose records may not be in the log yet, `again` is
     /// called to record everything the scan met (*"nothing to do" is not "flushed"*).
     pub(crate) fn settled(&self, again: impl FnOnce(&mut Narrowing<'_>)) -> Generation {
-        // Pairs with the same fence of other scanners and with `narrow`: what the scan saw changed
-        // has its narrowing counted, or its generation.
+        self.met(again);
+        self.cover()
+    }
+
+    /// The first half of [`Flush::settled`], for scans in several parts.
+    pub(crate) fn met(&self, again: impl FnOnce(&mut Narrowing<'_>)) {
+        // Pairs with the same fence of other scanners: what the scan saw changed has its narrowing
+        // counted, or its record.
         fence(Ordering::SeqCst);
-        // Acquire pairs with the Release in the destructor of `Narrowing`.
-        if self.in_flight.load(Ordering::Acquire) != 0 {
-            let mut narrowing = self.narrow();
-            again(&mut narrowing);
-            narrowing.pushed = true;
-            narrowing.finish()
-        } else {
-            self.now()
+        if self.in_flight() != 0 {
+            again(&mut self.narrow());
         }
+    }
+
+    /// A generation that covers everything recorded so far. Generation 0, which everybody has
+    /// acknowledged, if every vCPU has read it.
+    pub(crate) fn cover(&self) -> Generation {
+        let all_read = self.vcpus.load().iter().all(|vcpu| {
+            // Acquire on both: the vCPU has applied what it has read.
+            let read = |(log, read): (&Log, &AtomicU64)| {
+                read.load(Ordering::Acquire) >= log.tail.load(Ordering::Acquire)
+            };
+            self.logs.iter().zip(&vcpu.read).all(read)
+        });
+        if all_read { Generation(0) } else { self.advance() }
+    }
+
+    /// A generation of its own.
+    pub(crate) fn advance(&self) -> Generation {
+        // Pairs with the fence in `drain`: who reads this generation reads what was recorded, and
+        // sees what was changed, before this.
+        fence(Ordering::SeqCst);
+        Generation(self.generation.fetch_add(1, Ordering::AcqRel) + 1)
+    }
+
+    /// The next generation: whoever drains it has read everything recorded so far. Nobody need have
+    /// counted it up yet; [`Flush::drained`] does.
+    pub(crate) fn next(&self) -> Generation {
+        // Pairs with the fence in `drain`: the load below misses that generation, so whoever reads
+        // it fences later than this.
+        fence(Ordering::SeqCst);
+        Generation(self.generation.load(Ordering::Acquire) + 1)
     }
 
     /// The present generation.
@@ -245,6 +302,14 @@ impl Flush {
     /// Whether no processor remembers anything of a table torn down up to `generation`. `kick` as in
     /// [`Flush::acknowledged`].
     pub(crate) fn drained(&self, generation: Generation, kick: bool) -> bool {
+        let Generation(wanted) = generation;
+        // On failure somebody else has counted it up. AcqRel as in `advance`.
+        let _ = self.generation.compare_exchange(
+            wanted - 1,
+            wanted,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
         self.poll(generation, kick, |v| &v.drained, |v| v.processor.forgets_outside())
     }
 
@@ -273,6 +338,7 @@ impl Flush {
             requests: AtomicU32::new(0),
             seen: AtomicU64::new(0),
             drained: AtomicU64::new(0),
+            read: Default::default(),
             processor,
             stats: Stats::default(),
         });
@@ -286,11 +352,17 @@ impl Flush {
         // before this vCPU can read any.
         fence(Ordering::SeqCst);
         // A new vCPU remembers nothing.
+        let mut cursor = Cursor { state: Arc::clone(&state), position: [0; LOGS] };
         let now = self.now();
+        for (log, (position, read)) in
+            self.logs.iter().zip(cursor.position.iter_mut().zip(&state.read))
+        {
+            *position = log.tail.load(Ordering::Acquire);
+            read.store(*position, Ordering::Release);
+        }
         state.seen.store(now.0, Ordering::Release);
         state.drained.store(now.0, Ordering::Release);
-        let position = self.tail.load(Ordering::Acquire);
-        (Arc::clone(&state), Cursor { state, position })
+        (state, cursor)
     }
 
     /// Removes a vCPU: nobody waits for it any more. It must be outside and stay there.
@@ -305,9 +377,17 @@ impl Flush {
         self.vcpus.load()
     }
 
+    /// Asks every vCPU to drain when it next comes out.
+    pub(crate) fn nudge(&self) {
+        for vcpu in self.vcpus.load().iter() {
+            vcpu.request(request::FLUSH, false);
+        }
+    }
+
     /// Narrowings begun and not ended.
     pub(crate) fn in_flight(&self) -> u64 {
-        self.in_flight.load(Ordering::Acquire)
+        // Acquire pairs with the Release in the destructor of `Narrowing`.
+        self.logs.iter().map(|log| log.in_flight.load(Ordering::Acquire)).sum()
     }
 }
 
@@ -315,43 +395,32 @@ impl Flush {
 #[derive(Debug)]
 pub(crate) struct Narrowing<'f> {
     flush: &'f Flush,
-    pushed: bool,
+    log: &'f Log,
 }
 
 impl Narrowing<'_> {
     /// Records that an entry was cleared or narrowed.
     pub(crate) fn entry(&mut self, entry: Location, gva: Option<Gva>) {
-        self.flush.append(entry.word(), gva.map_or(ALL, |gva| gva.page().0));
-        self.pushed = true;
-    }
-
-    /// Counts a change that no record can name: whoever acknowledges it looks at its root again.
-    pub(crate) fn all(&mut self) {
-        self.pushed = true;
+        self.log.append(entry.word(), gva.map_or(ALL, |gva| gva.page().0));
     }
 
     /// Records that a whole table was torn down.
     pub(crate) fn frame(&mut self, frame: FrameId) {
-        self.flush.append(FRAME_RECORD | frame.0 as u64, ALL);
-        self.pushed = true;
+        self.log.append(FRAME_RECORD | frame.0 as u64, ALL);
     }
 
-    /// Ends the narrowing; the generation that covers it.
+    /// Ends the narrowing; a generation that covers it when it is drained.
     pub(crate) fn finish(self) -> Generation {
         let flush = self.flush;
         drop(self);
-        flush.now()
+        flush.next()
     }
 }
 
 impl Drop for Narrowing<'_> {
     fn drop(&mut self) {
-        if self.pushed {
-            // Release publishes the records to whoever drains this generation. Pairs with `drain`.
-            self.flush.generation.fetch_add(1, Ordering::AcqRel);
-        }
-        // Release: who reads zero afterwards reads this generation. Pairs with `settled`.
-        self.flush.in_flight.fetch_sub(1, Ordering::Release);
+        // Release: who reads zero afterwards reads the records. Pairs with `in_flight`.
+        self.log.in_flight.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -359,7 +428,7 @@ impl Drop for Narrowing<'_> {
 #[derive(Debug)]
 pub(crate) struct Cursor {
     state: Arc<VcpuState>,
-    position: u64,
+    position: [u64; LOGS],
 }
 
 impl Cursor {
@@ -378,30 +447,49 @@ impl Cursor {
     /// Hands every record since the last drain to `apply`, which must see to it that the processor
     /// has forgotten them before it runs guest code. Returns the generation that this reaches.
     pub(crate) fn drain(&mut self, flush: &Flush, mut apply: impl FnMut(Downgrade)) -> Generation {
-        // The generation first: records of a later one may be missed. Acquire pairs with the
-        // Release in the destructor of `Narrowing`.
+        // The generation first: records of a later one may be missed. Acquire pairs with the AcqRel
+        // in `advance` and `drained`, the fence with those in `advance` and `next`.
         let generation = flush.now();
-        let tail = flush.tail.load(Ordering::Acquire);
-        let behind = tail - self.position;
-        let whole = behind <= flush.log.len() as u64
-            && (self.position..tail).all(|position| match flush.record(position) {
-                Some(downgrade) => {
-                    apply(downgrade);
-                    true
-                }
-                None => false,
-            });
+        fence(Ordering::SeqCst);
+        let mut whole = true;
+        let mut some = false;
+        for ((log, position), read) in
+            flush.logs.iter().zip(&mut self.position).zip(&self.state.read)
+        {
+            let tail = log.tail.load(Ordering::Acquire);
+            if tail == *position {
+                continue;
+            }
+            some = true;
+            whole = whole
+                && tail - *position <= log.records.len() as u64
+                && (*position..tail).all(|position| match log.record(position) {
+                    Some(downgrade) => {
+                        apply(downgrade);
+                        true
+                    }
+                    None => false,
+                });
+            *position = tail;
+            // Release pairs with the Acquire in `cover`. The vCPU is outside: it does not run guest
+            // code before everything is applied.
+            read.store(tail, Ordering::Release);
+        }
         if !whole {
             self.state.stats.flush_overflow.bump();
             apply(Downgrade::Everything);
         }
-        if behind > 0 {
+        if some {
             self.state.stats.remote_tlb_flush.bump();
         }
-        self.position = tail;
         // Release pairs with the Acquire in `poll`.
         self.state.seen.store(generation.0, Ordering::Release);
         generation
+    }
+
+    /// The generation drained last.
+    pub(crate) fn seen(&self) -> Generation {
+        Generation(self.state.seen.load(Ordering::Relaxed))
     }
 
     /// Marks the vCPU as inside the guest, unless somebody has asked for something: then it stays
@@ -457,7 +545,8 @@ mod tests {
         narrowing.entry(entry, Some(Gva(0x1234)));
         narrowing.entry(entry, None);
         narrowing.frame(FrameId(9));
-        let generation = narrowing.finish();
+        drop(narrowing);
+        let generation = flush.settled(|_| panic!("nothing is in flight"));
         let expected = [
             Downgrade::Entry { entry, gva: Some(Gva(0x1000)) },
             Downgrade::Entry { entry, gva: None },
@@ -481,6 +570,28 @@ mod tests {
     }
 
     #[test]
+    fn threads_record_in_logs_of_their_own_and_all_are_read() {
+        let flush = Flush::new();
+        let (_, mut a) = flush.join(Arc::new(Still));
+        std::thread::scope(|s| {
+            for thread in 0..2 * LOGS as u32 {
+                let flush = &flush;
+                s.spawn(move || flush.narrow().frame(FrameId(thread)));
+            }
+        });
+        assert!(flush.logs.iter().filter(|log| log.tail.load(Ordering::Relaxed) > 0).count() > 1);
+        let mut frames: Vec<_> = drain(&flush, &mut a)
+            .into_iter()
+            .map(|downgrade| match downgrade {
+                Downgrade::Frame(frame) => frame.0,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        frames.sort_unstable();
+        assert_eq!(frames, (0..2 * LOGS as u32).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn a_vcpu_that_falls_behind_flushes_everything() {
         let flush = Flush::new();
         let (_, mut a) = flush.join(Arc::new(Still));
@@ -497,23 +608,37 @@ mod tests {
         let flush = Flush::new();
         let (_, mut a) = flush.join(Arc::new(Still));
         // A writer that has taken a position and stopped there.
-        flush.tail.fetch_add(1, Ordering::Relaxed);
+        flush.logs[1].tail.fetch_add(1, Ordering::Relaxed);
         assert_eq!(drain(&flush, &mut a), [Downgrade::Everything]);
     }
 
     #[test]
     fn nothing_narrowed_means_nothing_to_wait_for() {
         let flush = Flush::new();
-        let (_, a) = flush.join(Arc::new(Still));
+        let (_, mut a) = flush.join(Arc::new(Still));
         assert!(a.enter());
         let generation = flush.settled(|_| panic!("nothing is in flight"));
         assert!(flush.acknowledged(generation, false));
         let held = flush.narrow();
-        let mut called = false;
-        let generation = flush.settled(|_| called = true);
-        assert!(called && !flush.acknowledged(generation, false));
+        let generation = flush.settled(|narrowing| narrowing.frame(FrameId(1)));
+        assert!(!flush.acknowledged(generation, false));
         drop(held);
-        flush.leave(&a.state);
-        assert!(flush.acknowledged(generation, false));
+        a.leave();
+        a.take_requests();
+        drain(&flush, &mut a);
+        assert!(a.enter());
+        assert_eq!(flush.cover(), Generation(0));
+        // A torn down frame waits for a generation that nobody has counted up yet.
+        let mut narrowing = flush.narrow();
+        narrowing.frame(FrameId(2));
+        let generation = narrowing.finish();
+        a.leave();
+        a.take_requests();
+        let early = a.drain(&flush, |_| ());
+        a.drained_inside(early);
+        assert!(early < generation && !flush.drained(generation, false));
+        let now = a.drain(&flush, |_| ());
+        a.drained_inside(now);
+        assert!(flush.drained(generation, false));
     }
 }

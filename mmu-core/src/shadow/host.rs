@@ -114,7 +114,7 @@ impl Engine {
         // fault between its link and its second look at the range.
         fence(Ordering::SeqCst);
         let handle = self.collector.register();
-        let mut settled = self.flush.now();
+        let mut settled = self.flush.cover();
         for (slot, pages) in &invalidation.stretches {
             settled = self.for_mapped(slot, pages.clone(), &handle, |guard, page, narrowing| {
                 self.drop_mappings(guard, page, narrowing);
@@ -145,7 +145,7 @@ impl Engine {
             }
             return Ok(());
         }
-        let mut settled = self.flush.now();
+        let mut settled = self.flush.cover();
         for (slot, pages) in &stretches {
             settled = self.for_mapped(slot, pages.clone(), &handle, |_, page, narrowing| {
                 self.protect(page, narrowing, &self.stats);

@@ -117,7 +117,7 @@ impl Engine {
             pages().for_each(|page| change(&guard, page, &mut narrowing));
             drop(narrowing);
             // What others have taken away and not recorded yet is recorded here.
-            self.flush.settled(|n| pages().for_each(|page| self.record(page, n)));
+            self.flush.met(|n| pages().for_each(|page| self.record(page, n)));
         }
     }
 
@@ -140,9 +140,9 @@ impl Engine {
     /// Waits for readers, and for vCPUs to stop using what was taken away before this.
     pub(crate) fn synchronize(&self) -> Result<(), WouldDeadlock> {
         self.may_wait()?;
-        // Narrowings run in read sections: after this they have their generations.
+        // Narrowings run in read sections: after this they have recorded everything.
         self.wait_for_readers(&mut self.collector.register());
-        self.wait_acknowledged(self.flush.now());
+        self.wait_acknowledged(self.flush.cover());
         Ok(())
     }
 

@@ -69,15 +69,13 @@ impl Engine {
     /// R19: the mark first, then the flush generation. A vCPU looks at its root again after it has
     /// acknowledged a generation.
     pub(crate) fn zap_all(&self) -> Generation {
-        let mut narrowing = self.flush.narrow();
         // AcqRel pairs with the Acquire in `is_obsolete`: who sees a page of the new generation sees
         // that the others are obsolete.
         self.shadow_generation.fetch_add(1, Ordering::AcqRel);
         // Pages that are in the making now lie in frames below this.
         let end = u64::from(self.frames.high_water());
         self.sweep.store(end << 32, Ordering::Release);
-        narrowing.all();
-        narrowing.finish()
+        self.flush.advance()
     }
 
     /// Tears down the obsolete pages among the next frames of the round, if there is one.
@@ -190,7 +188,7 @@ impl Engine {
             }
         }
         guard.flush();
-        self.flush.now()
+        self.flush.next()
     }
 
     /// Sets how many table frames may be used, `None` for a share of the memory's size; tears down

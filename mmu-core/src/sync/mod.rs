@@ -29,7 +29,7 @@ pub(crate) use limbo::{Life, Limbo, Published, Snapshot};
 pub(crate) use map::ConcurrentMap;
 pub(crate) use set::LocationSet;
 pub use threads::WouldDeadlock;
-pub(crate) use threads::{Mark, unique};
+pub(crate) use threads::{Mark, thread_number, unique};
 
 pub use core::sync::atomic::Ordering;
 

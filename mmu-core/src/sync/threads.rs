@@ -26,10 +26,17 @@ type Marks = RefCell<Vec<(u64, WouldDeadlock)>>;
 
 #[cfg(not(loom))]
 std::thread_local! {
+    static NUMBER: usize = unique() as usize;
     static MARKS: Marks = const { RefCell::new(Vec::new()) };
 }
 #[cfg(loom)]
+loom::lazy_static! {
+    // Begins anew with each execution of a model; not part of it.
+    static ref COUNT: core::sync::atomic::AtomicUsize = core::sync::atomic::AtomicUsize::new(0);
+}
+#[cfg(loom)]
 loom::thread_local! {
+    static NUMBER: usize = COUNT.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
     static MARKS: Marks = RefCell::new(Vec::new());
 }
 
@@ -69,4 +76,10 @@ pub(crate) fn unique() -> u64 {
     use core::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A number for this thread: threads that are there at the same time mostly have different ones.
+#[inline]
+pub(crate) fn thread_number() -> usize {
+    NUMBER.with(|number| *number)
 }

@@ -108,6 +108,8 @@ pub struct Vcpu {
     /// it is told another: R19.
     loaded: Option<FrameId>,
     faults: u64,
+    /// The next entry drains.
+    stale: bool,
     /// What is waited for, and how long already.
     stall: Option<Stall>,
     wait: Backoff,
@@ -133,6 +135,7 @@ impl Vcpu {
             mode,
             roots: [None; 2],
             loaded: None,
+            stale: false,
             stall: None,
             wait: Backoff::default(),
             faults: 0,
@@ -154,6 +157,7 @@ impl Vcpu {
         self.mode = compile(&self.engine, &self.context, &regs)?;
         self.release_roots();
         self.regs = regs;
+        self.stale = true;
         Ok(())
     }
 
@@ -194,6 +198,14 @@ impl Vcpu {
     /// As [`Vcpu::set_cr0`].
     pub fn set_efer(&mut self, efer: u64) -> Result<(), VcpuError> {
         self.set_regs(self.regs.with_efer(efer)?)
+    }
+
+    /// The guest has executed an invalidation (INVLPG, INVPCID, MOV to CR3) that the processor does not
+    /// carry out itself on the shadow tables: the next entry hands out everything that was taken away
+    /// until now, other vCPUs' edits included. A processor whose own invalidation reaches its
+    /// translations, as the software vCPU's does, has no need of this.
+    pub fn invalidate(&mut self) {
+        self.stale = true;
     }
 
     /// Faults that [`Vcpu::fault`] was asked to serve so far.
@@ -291,21 +303,27 @@ impl Vcpu {
     }
 
     /// Prepares to run the guest at one privilege: handles requests, loads the root, hands
-    /// everything that the processor must forget to `apply`, and marks the vCPU as inside.
+    /// what the processor must forget to `apply`, and marks the vCPU as inside.
     ///
     /// # Errors
     ///
     /// A [`Stall`], as in [`Vcpu::fault`].
     pub fn enter(&mut self, user: bool, mut apply: impl FnMut(Downgrade)) -> Result<Entry, Stall> {
         loop {
-            if self.cursor.take_requests() & request::EXIT != 0 {
+            let requests = self.cursor.take_requests();
+            self.stale |= requests & request::FLUSH != 0;
+            if requests & request::EXIT != 0 {
                 return Ok(Entry::Exit);
             }
             if self.context.hint.ring().is_some_and(DirtyRing::is_soft_full) {
                 return Ok(Entry::RingFull);
             }
             let Some(root) = self.root(user)? else { return Ok(Entry::RootOutside) };
-            let generation = self.cursor.drain(&self.engine.flush, &mut apply);
+            if self.stale {
+                self.cursor.drain(&self.engine.flush, &mut apply);
+                self.stale = false;
+            }
+            let generation = self.cursor.seen();
             // R19: a root that became obsolete before the generation that is acknowledged now must
             // not be run on.
             if !self.engine.is_current(root) {

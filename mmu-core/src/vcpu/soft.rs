@@ -236,9 +236,11 @@ impl Session<'_> {
     /// INVLPG.
     pub fn invlpg(&mut self, gva: Gva) {
         self.cpu.invlpg(gva);
-        // Entries that other vCPUs' writes dropped are in the log: a drain makes them take effect
-        // here as well (the guest's own shootdown).
-        self.leave();
+    }
+
+    /// Forgets all translations, as a load of CR3 does.
+    pub fn flush(&mut self) {
+        self.cpu.flush_all();
     }
 
     /// Goes outside until the next access.
