@@ -6,6 +6,7 @@ pub mod emu;
 pub mod guest;
 pub mod image;
 pub mod kvm;
+pub mod memory;
 pub mod regs;
 pub mod session;
 pub mod vm;

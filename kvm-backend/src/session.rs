@@ -210,7 +210,11 @@ impl Session<'_> {
     }
 
     /// Stops every running vCPU; where they were.
-    fn stop(&mut self) -> Result<Vec<Place>, RunError> {
+    ///
+    /// # Errors
+    ///
+    /// [`RunError::Lost`] if one does not come back.
+    pub(crate) fn stop(&mut self) -> Result<Vec<Place>, RunError> {
         let mut places = Vec::new();
         let end = Instant::now() + self.limit;
         while let Some(vcpu) = self.seats.iter().position(|seat| seat.running) {

@@ -4,19 +4,19 @@
 use crate::cpu::{Cpu, KvmCpu, NewCpuError, SoftCpu, Watch};
 use crate::guest::{GuestImage, ImageError};
 use crate::kvm::{self, KvmError, KvmMachine, TableArena};
+use crate::memory::{Memories, MemoryError};
 use mmu_core::addr::{Gpa, Machine, PAGE_SIZE};
-use mmu_core::memory::{AllocatedMemory, Backing, OutOfMemory, SlotConfig, SlotError, SlotId};
+use mmu_core::memory::{AllocatedMemory, Backing, OutOfMemory, SlotConfig, SlotError};
 use mmu_core::paging::Regs as ControlRegs;
 use mmu_core::sync::AtomicU64;
 use mmu_core::vcpu::{VcpuError, VcpuHandle};
 use mmu_core::{Config, ConfigError, Mmu};
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Memslots that a guest's memory is cut into.
 const SLOTS: usize = 2;
-/// Machine address of the guest's memory: not its guest-physical one, and above the pages that KVM
-/// wants for itself.
+/// First machine address of the guest's memory: not its guest-physical one, and above the pages that
+/// KVM wants for itself.
 const MEMORY_BASE: u64 = 4 << 30;
 /// Machine address of the shadow tables of a software VM.
 const SOFT_TABLES: u64 = 1 << 46;
@@ -57,9 +57,12 @@ pub enum VmError {
     /// A number is out of range.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// Memory cannot be had.
+    /// Guest memory cannot be had.
     #[error(transparent)]
-    Memory(#[from] OutOfMemory),
+    Memory(#[from] MemoryError),
+    /// Memory for the shadow tables cannot be had.
+    #[error(transparent)]
+    Tables(#[from] OutOfMemory),
     /// KVM failed.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -105,7 +108,9 @@ pub struct Vm {
     mmu: Mmu,
     image: GuestImage,
     kvm: Option<Arc<KvmMachine>>,
-    slots: Vec<SlotId>,
+    memories: Memories,
+    /// What the memslots that were there from the start are backed by, from guest-physical 0 on.
+    memory: Vec<Arc<dyn Backing>>,
 }
 
 impl Vm {
@@ -122,24 +127,27 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let image = GuestImage::new(memory_mib, vcpus)?;
         let frames = table_frames(image.layout().memory(), vcpus);
-        let (kvm, config) = match backend {
+        let (kvm, config, end) = match backend {
             Backend::Kvm => {
                 let kvm = KvmMachine::new(vcpus, frames)?;
                 let (index, value) = kvm.stub_root_entry();
                 let config = Config::new(Arc::new(Tables(kvm.tables())));
-                (Some(kvm), config.reserve_root_entry(index, value))
+                let end = kvm.memory_limit();
+                (Some(kvm), config.reserve_root_entry(index, value), end)
             }
             Backend::Soft => {
                 let size = u64::from(frames) * PAGE_SIZE;
                 let tables = AllocatedMemory::try_at(size, Machine(SOFT_TABLES))?;
-                (None, Config::new(Arc::new(tables)))
+                (None, Config::new(Arc::new(tables)), SOFT_TABLES)
             }
         };
-        let mut vm = Self { mmu: Mmu::new(config)?, image, kvm, slots: Vec::new() };
+        let memories = Memories::new(kvm.clone(), MEMORY_BASE..end);
+        let mut vm = Self { mmu: Mmu::new(config)?, image, kvm, memories, memory: Vec::new() };
         for (n, (gpa, size)) in vm.image.layout().split(SLOTS).into_iter().enumerate() {
-            let backing = Arc::new(AllocatedMemory::try_at(size, Machine(MEMORY_BASE + gpa))?);
-            let config = SlotConfig::new(n as u32, Gpa(gpa), backing);
-            vm.add_slot(if log_dirty { config.log_dirty() } else { config })?;
+            let backing = vm.new_memory(size)?;
+            let config = SlotConfig::new(n as u32, Gpa(gpa), Arc::clone(&backing));
+            vm.mmu.create_slot(if log_dirty { config.log_dirty() } else { config })?;
+            vm.memory.push(backing);
         }
         let mmu = &vm.mmu;
         vm.image.write(&mut |gpa, bytes| {
@@ -148,19 +156,14 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Adds a memslot, to KVM's machine first: the engine maps only what the processor can reach.
-    fn add_slot(&mut self, config: SlotConfig) -> Result<(), VmError> {
-        let id = config.id;
-        if let Some(kvm) = &self.kvm {
-            let backing = Arc::clone(&config.backing);
-            let host = NonNull::from(backing.words()).cast();
-            let (machine, size, owner) = (backing.machine().0, config.size, Arc::new(backing));
-            // SAFETY: `owner` keeps the memory, which is only ever lent as atomics.
-            unsafe { kvm.add_memory(machine, host, size, config.flags.read_only, owner) }?;
-        }
-        self.mmu.create_slot(config)?;
-        self.slots.push(id);
-        Ok(())
+    /// Zeroed memory for another memslot of the running guest; on KVM the processor can reach it
+    /// until its last owner is gone. See [`crate::memory`] for the system calls.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError`], which names the size.
+    pub fn new_memory(&self, size: u64) -> Result<Arc<dyn Backing>, MemoryError> {
+        self.memories.allocate(size)
     }
 
     /// The engine.
@@ -175,10 +178,10 @@ impl Vm {
         &self.image
     }
 
-    /// The memslots.
+    /// Memslots that were there from the start; their numbers are those below this one.
     #[must_use]
-    pub fn slots(&self) -> &[SlotId] {
-        &self.slots
+    pub fn slots(&self) -> usize {
+        self.memory.len()
     }
 
     /// Number of vCPUs.
@@ -211,6 +214,18 @@ impl Vm {
     /// Writes a word of guest memory as a device would.
     pub fn write_word(&self, gpa: u64, value: u64) {
         self.mmu.write_phys(Gpa(gpa), &value.to_le_bytes());
+    }
+
+    /// The word at `gpa`, rounded down, of the memory that was there from the start.
+    #[must_use]
+    pub fn word(&self, gpa: u64) -> Option<&AtomicU64> {
+        let mut at = gpa / 8;
+        self.memory.iter().find_map(|backing| {
+            let words = backing.words();
+            let word = words.get(usize::try_from(at).ok()?);
+            at = at.wrapping_sub(words.len() as u64);
+            word
+        })
     }
 
     /// Calls `f` with a function that reads guest-physical memory.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The workloads of `shadowmmu run`: what the guest does, and how the host checks it.
 
+mod churn;
+
 use crate::guest::layout::control;
 use crate::guest::{Call, GuestImage, verify};
 use crate::regs::Regs;
@@ -24,11 +26,13 @@ pub enum Workload {
     Remap,
     /// The host copies memory by dirty-log rounds while the guests write without pause.
     Precopy,
+    /// The host changes the memory map while the guests use it.
+    Churn,
 }
 
 impl Workload {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 3] = [Self::Touch, Self::Remap, Self::Precopy];
+    pub const ALL: [Self; 4] = [Self::Touch, Self::Remap, Self::Precopy, Self::Churn];
 
     /// As on the command line.
     #[must_use]
@@ -37,6 +41,7 @@ impl Workload {
             Self::Touch => "touch",
             Self::Remap => "remap",
             Self::Precopy => "precopy",
+            Self::Churn => "churn",
         }
     }
 }
@@ -109,6 +114,7 @@ pub fn run(workload: Workload, plan: &Plan, tick: &mut dyn FnMut(&Vm)) -> Result
             Workload::Touch => touch(&vm, session, end),
             Workload::Remap => remap(&vm, session, end),
             Workload::Precopy => precopy(&vm, session, end),
+            Workload::Churn => churn::churn(&vm, session, end),
         }
     });
     let (summary, time, error) = match result {

@@ -20,7 +20,7 @@ fn run_prints_one_json_document() {
     assert!(document["backend_reason"].is_string());
     let runs = document["runs"].as_array().unwrap();
     let names: Vec<_> = runs.iter().map(|run| run["workload"].as_str().unwrap()).collect();
-    assert_eq!(names, ["touch", "remap", "precopy"]);
+    assert_eq!(names, ["touch", "remap", "precopy", "churn"]);
     for run in runs {
         assert_eq!(run["verified"], true);
         assert_eq!(run["audit"]["ok"], true);

@@ -2,15 +2,17 @@
 //! Whole guests on every backend that is here: the workloads, and guests that go wrong.
 
 use kvm_backend::cpu::Crash;
-use kvm_backend::guest::layout::{CODE_GVA, DATA_GVA, UNMAPPED_GVA};
+use kvm_backend::guest::layout::{CHURN_GPA, CHURN_GVA, CODE_GVA, DATA_GVA, UNMAPPED_GVA};
 use kvm_backend::guest::paging::index;
 use kvm_backend::guest::{Call, Program};
 use kvm_backend::kvm::STUB_VA;
 use kvm_backend::session::{RunError, Session};
 use kvm_backend::vm::{Backend, Vm};
 use kvm_backend::workload::{self, Plan, Workload};
-use mmu_core::addr::Gva;
+use mmu_core::addr::{Gpa, Gva, PAGE_SIZE};
+use mmu_core::memory::{SlotConfig, SlotId};
 use mmu_core::paging::Reason;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The backends that can be tried here; says which cannot.
@@ -50,6 +52,13 @@ fn remap() {
 fn precopy() {
     verify(Workload::Precopy, 2);
     verify(Workload::Precopy, 3);
+}
+
+#[test]
+fn churn() {
+    verify(Workload::Churn, 1);
+    verify(Workload::Churn, 2);
+    verify(Workload::Churn, 5);
 }
 
 /// Runs a program on vCPU 1 (vCPU 0 idles) and returns how it ended.
@@ -127,6 +136,42 @@ fn the_stubs_part_of_the_address_space_is_refused() {
             }
             other => panic!("{other:?}"),
         }
+        vm.mmu().audit().unwrap();
+    }
+}
+
+#[test]
+fn memory_comes_and_goes() {
+    for backend in backends() {
+        let vm = small(backend);
+        let read = |page| end_of(&vm, Program::ReadUnmapped, Some(CHURN_GVA + page * PAGE_SIZE));
+        let is_there = |page| match read(page) {
+            Ok(Call::Done(_)) => true,
+            Err(RunError::Crash { crash: Crash::NoDevice(gpa), .. }) => {
+                assert_eq!(gpa, Gpa(CHURN_GPA + page * PAGE_SIZE), "{backend:?}");
+                false
+            }
+            other => panic!("{backend:?}: {other:?}"),
+        };
+        assert!(!is_there(0) && !is_there(1));
+        let memory = vm.new_memory(PAGE_SIZE).unwrap();
+        let machine = memory.machine();
+        let config = SlotConfig::new(7, Gpa(CHURN_GPA), Arc::clone(&memory));
+        vm.mmu().create_slot(config).unwrap();
+        assert!(is_there(0) && !is_there(1));
+        vm.mmu().move_slot(SlotId(7), Gpa(CHURN_GPA + PAGE_SIZE)).unwrap();
+        assert!(!is_there(0) && is_there(1));
+        let other = vm.new_memory(PAGE_SIZE).unwrap();
+        assert_ne!(other.machine(), machine);
+        assert!(vm.mmu().delete_slot(SlotId(7)).unwrap().is_complete());
+        assert!(!is_there(0) && !is_there(1));
+        // With its last owner it is gone, and other memory can be where it was.
+        assert_eq!(Arc::strong_count(&memory), 1);
+        drop(memory);
+        let memory = vm.new_memory(PAGE_SIZE).unwrap();
+        assert_eq!(memory.machine(), machine, "{backend:?}");
+        vm.mmu().create_slot(SlotConfig::new(8, Gpa(CHURN_GPA), memory)).unwrap();
+        assert!(is_there(0) && !is_there(1));
         vm.mmu().audit().unwrap();
     }
 }

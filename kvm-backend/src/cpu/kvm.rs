@@ -53,11 +53,14 @@ impl KvmCpu {
     /// [`NewCpuError`].
     pub fn new(
         mmu: &Mmu,
-        kvm: KvmVcpu,
+        mut kvm: KvmVcpu,
         regs: ControlRegs,
         watch: Watch,
     ) -> Result<Self, NewCpuError> {
         let vcpu = mmu.create_vcpu(Arc::new(KickedProcessor(kvm.kicker())), regs)?;
+        // A software KVM remembers the tables for the VM, not for a vCPU: also what was narrowed
+        // before this one was there, which no other vCPU needs to have drained.
+        push(mmu, &mut kvm, shadow::Downgrade::Everything);
         Ok(Self { mmu: mmu.clone(), vcpu, kvm, cache: DecodeCache::new(), watch })
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A guest's memory at its start, and the first registers of its vCPUs.
 
+use super::churn;
 use super::layout::*;
 use super::paging::{NX, P, PAGE, PageTables, U, W, index};
 use super::programs::{MAGIC_SEED, Program, mix};
@@ -25,6 +26,7 @@ impl GuestImage {
         let data = P | W | U | NX;
         t.map(CODE_GVA, CODE_GPA, CODE_PAGES, P | U)?;
         t.map(CONTROL_GVA, CONTROL_GPA, 1, data)?;
+        t.map(STATES_GVA, STATES_GPA, 1, P | U | NX)?;
         for n in 0..vcpus as u64 {
             t.map(STACKS_GVA + n * STACK_STRIDE, STACKS_GPA + n * PAGE, 1, data)?;
         }
@@ -38,6 +40,13 @@ impl GuestImage {
         }
         t.map(DATA_GVA, layout.data_gpa(), layout.data_pages(), data)?;
         t.map(OVERLAP_GVA, layout.overlap_gpa(), layout.data_pages(), data)?;
+        for n in 0..SPARSE_PAGES {
+            let gpa = layout.overlap_gpa() + n * PAGE;
+            t.map(SPARSE_GVA + n * SPARSE_STRIDE, gpa, 1, data)?;
+        }
+        for window in [CHURN_GVA, CHURN_GVA + CHURN_SECOND] {
+            t.map(window, CHURN_GPA, CHURN_PAGES, data)?;
+        }
         Ok(GuestImage { layout, tables: t, window_tables: [a, b], window_directory: directory })
     }
 
@@ -92,6 +101,18 @@ impl GuestImage {
             }
         }
         self.tables.emit(out);
+    }
+
+    /// Writes what `churn` expects in the pages that it counts in, which must hold zeros.
+    pub fn write_stable(&self, out: &mut dyn FnMut(u64, &[u8])) {
+        for n in 0..churn::STABLE_PAGES {
+            let gpa = churn::stable_gpa(&self.layout, n);
+            let mut word = |offset, value: u64| out(gpa + offset, &value.to_le_bytes());
+            word(churn::IDENTITY, churn::identity(churn::STABLE, n));
+            for id in 0..self.layout.vcpus() as u64 {
+                word(churn::COUNTS + id * 8, churn::count(n, id, 0));
+            }
+        }
     }
 
     /// Clears the control page, for another start of a program while no vCPU runs.
@@ -163,9 +184,23 @@ impl GuestImage {
         (g[10], g[11]) = (TAILS_GVA + id as u64 * TAIL_PAGES * PAGE, TAIL_PAGES);
         regs
     }
+
+    /// Registers of vCPU `id` for [`Program::Churn`]. [`GuestImage::write_stable`] comes first.
+    #[must_use]
+    pub fn churn(&self, id: usize, seed: u64) -> Regs {
+        let mut regs = self.entry(Program::Churn, id);
+        let g = &mut regs.gpr;
+        (g[RDI], g[RSI]) = (CONTROL_GVA, id as u64);
+        (g[RCX], g[RBX]) = (CHURN_GVA, CHURN_SECOND);
+        g[RDX] = STATES_GVA;
+        g[8] = precopy_state(id, seed);
+        g[9] = TAILS_GVA + id as u64 * TAIL_PAGES * PAGE;
+        (g[10], g[11]) = (DATA_GVA, SPARSE_GVA);
+        regs
+    }
 }
 
-/// The first state of the generator of `precopy`.
+/// The first state of the generators of `precopy` and `churn`.
 pub(super) fn precopy_state(id: usize, seed: u64) -> u64 {
     mix(id as u64 + 1, seed) | 1
 }

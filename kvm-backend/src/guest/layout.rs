@@ -9,20 +9,27 @@
 //! | 0 | 4 KiB | never mapped |
 //! | [`CONTROL_GPA`] | 4 KiB | control page: words shared by the vCPUs and the VMM |
 //! | [`CODE_GPA`] | [`CODE_PAGES`] | all programs |
+//! | [`STATES_GPA`] | 4 KiB | what `churn` must find in its window, page by page |
 //! | [`STACKS_GPA`] | 4 KiB per vCPU | stacks |
 //! | [`Layout::tails_gpa`] | [`TAIL_PAGES`] per vCPU | private tails of `precopy` |
 //! | [`Layout::windows_gpa`] | 2 × [`WINDOW_PAGES`] | frames of sets A and B of `remap` |
 //! | [`Layout::tables`] | as needed | page tables |
 //! | [`Layout::data_gpa`] | the rest | two data ranges of the same size, and at most one page left over |
 //!
+//! Far above it, at [`CHURN_GPA`], is the window of `churn`: memory that comes and goes, and a device that
+//! answers where there is none.
+//!
 //! | guest-virtual | rights | what |
 //! | --- | --- | --- |
 //! | [`CODE_GVA`] | r-x | code |
 //! | [`CONTROL_GVA`] | rw- | control page |
+//! | [`STATES_GVA`] | r-- | what `churn` must find |
 //! | [`STACKS_GVA`] + vCPU × [`STACK_STRIDE`] | rw- | stack page; the rest of the stride is unmapped |
-//! | [`TAILS_GVA`] + vCPU × [`TAIL_PAGES`] pages | rw- | private tail |
+//! | [`TAILS_GVA`] + vCPU × [`TAIL_PAGES`] pages | rw- | private tail; its first page is the ledger of `churn` |
 //! | [`WINDOW_GVA`] | rw- | the window that `remap` remaps; has page tables of its own |
 //! | [`TABLES_GVA`] | rw- | the window's page tables A and B, then the page directory above them |
+//! | [`SPARSE_GVA`] + n × [`SPARSE_STRIDE`] | rw- | the first [`SPARSE_PAGES`] pages of the second data range, each with a page table of its own |
+//! | [`CHURN_GVA`], and [`CHURN_SECOND`] after it | rw- | the window of `churn`, twice |
 //! | [`DATA_GVA`] | rw- | first data range (shares) |
 //! | [`OVERLAP_GVA`] | rw- | second data range (lanes) |
 //! | [`UNMAPPED_GVA`] | | never mapped |
@@ -39,17 +46,29 @@ pub const CONTROL_GPA: u64 = 0x1000;
 pub const CODE_GPA: u64 = 0x2000;
 /// Pages of code.
 pub const CODE_PAGES: u64 = 2;
+/// Guest-physical address of the states of the window of `churn`.
+pub const STATES_GPA: u64 = 0x8000;
 /// Guest-physical address of the stacks.
 pub const STACKS_GPA: u64 = 0x1_0000;
 /// Pages of each vCPU's private tail.
 pub const TAIL_PAGES: u64 = 4;
 /// Pages of the window of `remap`.
 pub const WINDOW_PAGES: u64 = 16;
+/// Guest-physical address of the window of `churn`: above all memory.
+pub const CHURN_GPA: u64 = 1 << 41;
+/// Pages of the window of `churn`.
+pub const CHURN_PAGES: u64 = 128;
+/// Pages at the start of the first data range that `churn` counts in.
+pub const DENSE_PAGES: u64 = 64;
+/// Pages at the start of the second data range that `churn` counts in.
+pub const SPARSE_PAGES: u64 = 96;
 
 /// Guest-virtual address of the code.
 pub const CODE_GVA: u64 = 0x40_0000;
 /// Guest-virtual address of the control page.
 pub const CONTROL_GVA: u64 = 0x50_0000;
+/// Guest-virtual address of the states of the window of `churn`.
+pub const STATES_GVA: u64 = 0x51_0000;
 /// Guest-virtual address of the first stack.
 pub const STACKS_GVA: u64 = 0x60_0000;
 /// Distance of the stacks.
@@ -60,6 +79,14 @@ pub const TAILS_GVA: u64 = 0x80_0000;
 pub const WINDOW_GVA: u64 = 0x4000_0000;
 /// Guest-virtual address of the window's page tables: A, B, directory.
 pub const TABLES_GVA: u64 = 0x8000_0000;
+/// Guest-virtual address of the first sparse page of `churn`.
+pub const SPARSE_GVA: u64 = 0xc000_0000;
+/// Distance of the sparse pages.
+pub const SPARSE_STRIDE: u64 = 2 << 20;
+/// Guest-virtual address of the window of `churn`.
+pub const CHURN_GVA: u64 = 0x1_0000_0000;
+/// Distance of its second mapping.
+pub const CHURN_SECOND: u64 = 2 << 20;
 /// Guest-virtual address of the first data range.
 pub const DATA_GVA: u64 = 1 << 40;
 /// Guest-virtual address of the second data range.
@@ -80,12 +107,19 @@ pub mod control {
     pub const ROUND: u64 = 0x00;
     /// `remap`: readers that have seen the round.
     pub const ACKS: u64 = 0x40;
-    /// Set to nonzero by the VMM to end `precopy` and, at the next round, `remap`.
+    /// Set to nonzero by the VMM to end `precopy`, `churn` and, at the next round, `remap`.
     pub const STOP: u64 = 0x80;
     /// `remap`: which page table is in use, 0 or 1.
     pub const LIVE: u64 = 0xc0;
     /// `remap`: the last round that all vCPUs have finished.
     pub const DONE: u64 = 0x100;
+    /// `churn`: [`MOVE_RECORDS`] records of moves, [`MOVE_STRIDE`] bytes each: version, page of the
+    /// window it moves from, page it moves to, identity.
+    pub const MOVES: u64 = 0x140;
+    /// Number of records.
+    pub const MOVE_RECORDS: u64 = 2;
+    /// Distance of the records.
+    pub const MOVE_STRIDE: u64 = 0x40;
 }
 
 /// Why a guest cannot be built.
@@ -139,8 +173,9 @@ impl Layout {
         // Tables for data ranges as large as if there were no tables: a little too many.
         let most = (memory - tables_gpa) / PAGE / 2;
         let data = tables_for(DATA_GVA, most) + tables_for(OVERLAP_GVA, most);
-        // The low mappings: root, PDPT, three PDs, page tables of code to tails, window (2), tables.
-        let tables = tables_gpa..tables_gpa + (data + 16) * PAGE;
+        // The low mappings: root, PDPT, five PDs, page tables of code to tails, windows (2 each), tables.
+        let low = 20 + SPARSE_PAGES;
+        let tables = tables_gpa..tables_gpa + (data + low) * PAGE;
         let data_pages = (memory - tables.end) / PAGE / 2;
         Ok(Layout { vcpus, memory, tails_gpa, windows_gpa, tables, data_pages })
     }

@@ -6,10 +6,12 @@
 //! * [`layout`]: where everything lies, guest-physical and guest-virtual.
 //! * [`paging`]: builds 4-level page tables.
 //! * [`image`]: puts it together, and gives each vCPU its first registers.
+//! * [`churn`]: the words of the program of that name.
 //! * [`verify`]: checks a guest's memory from outside.
 //!
 //! A guest talks to the VMM by `hlt` with the function in rax, see [`programs::Call`].
 
+pub mod churn;
 pub mod image;
 pub mod layout;
 pub mod paging;

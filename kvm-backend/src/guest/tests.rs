@@ -2,6 +2,8 @@
 //! The programs on the interpreter, vCPUs on threads, over a walker of the tests' own with a TLB that
 //! forgets nothing but what `invlpg` names.
 
+mod churn;
+
 use super::layout::*;
 use super::paging::PAGE;
 use super::programs::{Call, Program};

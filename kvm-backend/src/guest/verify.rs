@@ -4,6 +4,7 @@
 //! Each check reads guest-physical memory through a closure (`read(gpa, buffer)`, never across a page
 //! boundary) and knows by itself what must be there. No vCPU may run meanwhile.
 
+use super::churn;
 use super::image::{GuestImage, precopy_state};
 use super::layout::*;
 use super::paging::{A, ADDR, D, NX, P, PAGE, U, W, index};
@@ -167,6 +168,44 @@ pub fn precopy(
             let offset = start + at * 8;
             word("word of a tail", TAILS_GVA + offset, layout.tails_gpa() + offset, x)?;
         }
+    }
+    Ok(())
+}
+
+/// The pages that stay after `churn`, when `counts[id]` is what vCPU `id` gave as its number of increments:
+/// identities, counts, zeros, and in the lanes `lanes` of each page what `check_lanes` accepts.
+pub fn churn(
+    image: &GuestImage,
+    counts: &[u64],
+    lanes: &[churn::Lanes],
+    last: &dyn Fn(usize) -> u64,
+    read: Read<'_>,
+) -> Result<(), churn::Wrong> {
+    let layout = image.layout();
+    for n in 0..churn::STABLE_PAGES {
+        let page = Page::read(read, 0, churn::stable_gpa(layout, n));
+        for offset in (0..PAGE).step_by(8) {
+            let id = (offset.wrapping_sub(churn::COUNTS) / 8) as usize;
+            let (what, expected) = match (offset, counts.get(id)) {
+                (churn::IDENTITY, _) => ("identity", churn::identity(churn::STABLE, n)),
+                (_, Some(&count)) => {
+                    let passes = count / churn::STABLE_PAGES;
+                    let more = u64::from(n < count % churn::STABLE_PAGES);
+                    ("count", churn::count(n, id as u64, passes + more))
+                }
+                _ if churn::is_lane(offset) => continue,
+                _ => ("word that nobody writes", 0),
+            };
+            let seen = page.word(offset);
+            if seen != expected {
+                let (memory, offset) = (churn::STABLE, n * PAGE + offset);
+                return Err(churn::Wrong { what, memory, offset, expected, seen });
+            }
+        }
+        let none = churn::Lanes::default();
+        let lanes = lanes.get(n as usize).unwrap_or(&none);
+        let word = |offset: u64| page.word(offset % PAGE);
+        churn::check_lanes(churn::STABLE, n, lanes, &word, last)?;
     }
     Ok(())
 }

@@ -35,7 +35,8 @@
 //!   and no entry with the user bit leads to the arena or to the stub.
 //! * No shadow entry has the global bit.
 //! * An entry that was present is followed by a [`Downgrade`] on every vCPU whenever the host takes something
-//!   from it; a table frame is put to a new use only after a [`Downgrade::Frame`] was acknowledged by all.
+//!   from it, and a vCPU that is taken later begins with [`Downgrade::Everything`]; a table frame is put to a new use
+//!   only after a [`Downgrade::Frame`] was acknowledged by all.
 //! * Guest entries map machine addresses that have a slot, writable only where the slot is.
 //!
 //! # Choices made by measurement

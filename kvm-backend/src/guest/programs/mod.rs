@@ -4,6 +4,7 @@
 //! Each program is in a file of its own, with its registers documented. None keeps state outside of
 //! registers, its stack and the control page, so a VMM starts one again by setting the registers.
 
+mod churn;
 mod crash;
 mod precopy;
 mod remap;
@@ -12,7 +13,8 @@ mod touch;
 /// What a guest says with `hlt`, by the function number in rax.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
-    /// 0: a pass is done; rbx holds a result (`remap`: rounds; `precopy`: writes; `touch`: the seed).
+    /// 0: a pass is done; rbx holds a result (`remap`: rounds; `precopy`: writes; `churn`: increments;
+    /// `touch`: the seed).
     Done(u64),
     /// 1: a check failed.
     Failed {
@@ -49,6 +51,8 @@ pub enum Program {
     Remap,
     /// Writes at random until told to stop.
     Precopy,
+    /// Reads and writes memory that comes and goes, and counts in memory that stays.
+    Churn,
     /// Reads the unmapped address in rdi.
     ReadUnmapped,
     /// Executes `ud2`.
@@ -61,10 +65,11 @@ pub enum Program {
 
 impl Program {
     /// All of them, in the order of the code pages.
-    pub const ALL: [Program; 7] = [
+    pub const ALL: [Program; 8] = [
         Program::Touch,
         Program::Remap,
         Program::Precopy,
+        Program::Churn,
         Program::ReadUnmapped,
         Program::Ud2,
         Program::NonCanonical,
@@ -78,6 +83,7 @@ impl Program {
             Program::Touch => touch::code(),
             Program::Remap => remap::code(),
             Program::Precopy => precopy::code(),
+            Program::Churn => churn::code(),
             Program::ReadUnmapped => crash::read_unmapped(),
             Program::Ud2 => crash::ud2(),
             Program::NonCanonical => crash::non_canonical(),
@@ -118,7 +124,7 @@ pub fn mix(address: u64, seed: u64) -> u64 {
 /// The seed of the magics in the first words of the window's frames.
 pub const MAGIC_SEED: u64 = 0x6d61_6769_6331_3233;
 
-/// One step of the generator of `precopy` (xorshift64).
+/// One step of the generator of `precopy` and `churn` (xorshift64).
 #[must_use]
 pub fn xorshift(mut x: u64) -> u64 {
     x ^= x << 13;
