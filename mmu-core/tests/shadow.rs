@@ -8,6 +8,7 @@ use common::{Guest, MIB, PAGE, RWU, load, reason, store};
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig, SlotId};
 use mmu_core::paging::{Reason, Regs, bits};
+use mmu_core::shadow::PageRange;
 use mmu_core::vcpu::{SoftExit, SoftVcpu, VcpuError};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -471,5 +472,61 @@ fn register_writes_take_effect_or_change_nothing() {
     assert_eq!(reason(cpu.session().load(Gva(0x1000), &mut [0], true)), Reason::NotPresent);
     cpu.vcpu_mut().set_cr3(guest.root.0).unwrap();
     assert_eq!(load(&mut cpu, 0x1000), 1);
+    guest.audit();
+}
+
+#[test]
+fn a_fault_maps_the_neighbours_that_were_used_before() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    let gva = |page: u64| 0x7000_0000 + page * PAGE;
+    let flags = [RWU, RWU, RWU | bits::NX, RWU, bits::P | bits::US, RWU, RWU, RWU];
+    for (page, flags) in (0..).zip(flags) {
+        guest.map(Gva(gva(page)), Gpa(0x10_0000 + page * PAGE), flags);
+    }
+    let mut cpu = guest.vcpu();
+    let made = || {
+        let stats = guest.mmu.stats();
+        (stats.pf_fixed, stats.pte_prefetched)
+    };
+    for page in [0, 2, 3, 4, 6] {
+        load(&mut cpu, gva(page));
+    }
+    store(&mut cpu, gva(7), 1);
+    assert_eq!(made(), (6, 0), "nothing had been used");
+    guest.mmu.zap_all();
+    load(&mut cpu, gva(0));
+    // Not page 1, never used; nor 2 and 4, which have other rights; nor 5.
+    assert_eq!(made(), (7, 3));
+    for page in [3, 6, 7] {
+        load(&mut cpu, gva(page));
+    }
+    store(&mut cpu, gva(7), 2);
+    assert_eq!(made(), (7, 3));
+    // The guest's entry of page 6 has no D: its write is a fault that sets it.
+    store(&mut cpu, gva(6), 2);
+    assert_eq!(made(), (8, 3));
+    assert_eq!(guest.audit().sptes, 4);
+    // An edit of a neighbour that was mapped with the page.
+    guest.map(Gva(gva(3)), Gpa(0x10_0000), RWU);
+    cpu.session().invlpg(Gva(gva(3)));
+    store(&mut cpu, gva(0), 9);
+    assert_eq!(load(&mut cpu, gva(3)), 9);
+    guest.audit();
+}
+
+#[test]
+fn neighbours_in_a_large_page_are_mapped_at_once_and_are_not_young() {
+    let guest = Guest::new(8 * MIB, 6 * MIB, 256, false);
+    let at = guest.entry(guest.root, Gva(0x4000_0000), 2);
+    guest.write(at, 0x20_0000 | RWU | bits::PS);
+    let mut cpu = guest.vcpu();
+    store(&mut cpu, 0x4000_5000, 7);
+    assert_eq!(guest.audit().sptes, 8);
+    let range = PageRange::Guest { base: Gpa(0x20_0000), size: 2 * MIB };
+    assert_eq!(guest.mmu.test_young(range, |_, _, _| ()), Ok(1));
+    store(&mut cpu, 0x4000_0000, 8);
+    assert_eq!((load(&mut cpu, 0x4000_5000), guest.read(Gpa(0x20_0000))), (7, 8));
+    assert_eq!(guest.mmu.test_young(range, |_, _, _| ()), Ok(2));
+    assert_eq!(guest.mmu.stats().pf_fixed, 1);
     guest.audit();
 }

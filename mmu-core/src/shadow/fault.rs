@@ -92,7 +92,7 @@ pub(crate) struct FaultInfo<'v> {
 /// One attempt at one fault.
 pub(super) struct Attempt<'a> {
     pub(super) engine: &'a Engine,
-    context: &'a Context,
+    pub(super) context: &'a Context,
     pub(super) stats: &'a Stats,
     pub(super) guard: &'a Guard<'a>,
     pub(super) map: &'a MemoryMap,
@@ -549,6 +549,7 @@ impl Attempt<'_> {
                 self.mark_dirty(page);
             }
             self.stats.pf_fixed.bump();
+            self.map_around(table, walk, step);
             return Ok(Outcome::Fixed);
         }
     }
@@ -562,8 +563,8 @@ impl Attempt<'_> {
         self.info.mode.allowed(walk.rights, self.info.regime.is_user())
     }
 
-    /// Reserve, link, fence, re-check, publish. `old` is empty, an MMIO entry, or another fault's reservation that
-    /// is taken over: that fault's publication then fails.
+    /// Reserve, link, fence, re-check, publish. `old` is empty, an MMIO entry, or another fault's
+    /// reservation that is taken over: that fault's publication then fails.
     pub(super) fn publish(
         &self,
         at: Location,

@@ -15,6 +15,7 @@
 //! The numbered rules are those of `docs/protocols.md`.
 
 mod age;
+mod around;
 mod audit;
 mod dirty;
 mod edit;
@@ -49,7 +50,7 @@ pub(crate) use role::Regime;
 pub(crate) use spte::Spte;
 pub(crate) use stats::Stats;
 
-use crate::addr::{Gva, INDEX_BITS, LEVELS, Machine, PAGE_SHIFT};
+use crate::addr::{ENTRIES, Gva, INDEX_BITS, LEVELS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle};
 use crate::sync::{AtomicU32, AtomicU64, ConcurrentMap, Mutex, Ordering, fence, lock, unique};

@@ -52,6 +52,8 @@ macro_rules! counters {
 counters! {
     /// Faults that ended with an entry made or widened.
     pf_fixed,
+    /// Entries made around a fault, for pages that the guest had used before.
+    pte_prefetched,
     /// Faults that belong to the guest.
     pf_guest,
     /// Faults that found the entry already there.
