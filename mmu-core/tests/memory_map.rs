@@ -16,7 +16,7 @@ use mmu_core::shadow::{PageRange, RangeError, Release};
 use mmu_core::sync::WouldDeadlock;
 use mmu_core::vcpu::SoftExit;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const SLOT: SlotId = SlotId(1);
 const HERE: u64 = 16 * MIB;
@@ -273,7 +273,7 @@ fn a_deletion_says_who_still_holds_the_memory() {
     let second = guest.mmu.memory();
     assert!(Arc::ptr_eq(&first, &second));
     let release = guest.mmu.delete_slot(SLOT).unwrap();
-    assert_eq!(release, Release { snapshots: 2, pinned_pages: 1 });
+    assert_eq!(release, Release { snapshots: 2, pinned_pages: 1, held: true });
     assert!(!release.is_complete());
     drop((first, second));
     // The page outlives its slot.
@@ -284,6 +284,51 @@ fn a_deletion_says_who_still_holds_the_memory() {
     guest.mmu.create_slot(SlotConfig::new(1, Gpa(HERE), backing)).unwrap();
     assert!(guest.mmu.delete_slot(SLOT).unwrap().is_complete());
     assert_eq!(guest.mmu.pin_page(Gpa(HERE), false).unwrap_err(), PinError::NoMemory(Gpa(HERE)));
+}
+
+/// Memory that takes a while to give back, as large memory does.
+#[derive(Debug)]
+struct Slow(AllocatedMemory, Arc<AtomicBool>);
+
+// SAFETY: as its first field.
+unsafe impl Backing for Slow {
+    fn words(&self) -> &[AtomicU64] {
+        self.0.words()
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        std::thread::sleep(std::time::Duration::from_micros(20));
+        self.1.store(true, Ordering::Release);
+    }
+}
+
+#[test]
+fn a_complete_release_means_that_nobody_holds_the_memory() {
+    let guest = guest(1);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut n = 0u32;
+            while !stop.load(Ordering::Relaxed) {
+                let held = guest.mmu.memory();
+                n = n.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (0..n >> 24).for_each(|_| std::hint::spin_loop());
+                drop(held);
+            }
+        });
+        let mut early = 0;
+        for _ in 0..5_000 {
+            let gone = Arc::new(AtomicBool::new(false));
+            let backing = Arc::new(Slow(AllocatedMemory::new(PAGE), Arc::clone(&gone)));
+            guest.mmu.create_slot(SlotConfig::new(1, Gpa(HERE), backing)).unwrap();
+            let release = guest.mmu.delete_slot(SLOT).unwrap();
+            early += u32::from(release.is_complete() && !gone.load(Ordering::Acquire));
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(early, 0);
+    });
 }
 
 #[test]

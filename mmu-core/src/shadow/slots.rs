@@ -25,13 +25,16 @@ pub struct Release {
     pub snapshots: usize,
     /// Pages of it that are pinned ([`crate::memory::PinnedPage`]).
     pub pinned_pages: u64,
+    /// Whether anybody does, were it only a thread that is dropping its snapshot just now.
+    pub held: bool,
 }
 
 impl Release {
-    /// Whether the engine's hold on the memory was the last one.
+    /// Whether the engine's hold on the memory was the last one: the backing has been dropped by the
+    /// engine.
     #[must_use]
     pub fn is_complete(self) -> bool {
-        self.snapshots == 0 && self.pinned_pages == 0
+        !self.held
     }
 }
 
@@ -104,6 +107,8 @@ impl Engine {
             Ok(Release {
                 snapshots: self.memory.holders(slot.region()),
                 pinned_pages: slot.region().pinned_pages(),
+                // Maps share the slot, and slots that were changed share the region.
+                held: Arc::strong_count(&slot) > 1 || Arc::strong_count(slot.region()) > 1,
             })
         })
     }
