@@ -2,9 +2,10 @@
 //! A guest with two-level tables of two entries.
 
 use mmu_core::addr::{Gpa, Gva, Machine};
-use mmu_core::memory::{AllocatedMemory, SlotConfig};
+use mmu_core::memory::{AllocatedMemory, DirtyMode, Hint, SlotConfig};
 use mmu_core::paging::{Access, Regs, bits};
 use mmu_core::shadow::{AuditReport, Disagreement, Outcome, Processor};
+use mmu_core::sync::Ordering;
 use mmu_core::sync::epoch::Collector;
 use mmu_core::vcpu::{SoftVcpu, Vcpu};
 use mmu_core::{Config, Mmu};
@@ -59,26 +60,25 @@ impl Guest {
     /// `pages` pages of memory and `frames` shadow table frames, reclaimed by the checked stand-in.
     #[must_use]
     pub fn new(pages: u64, frames: u64) -> Self {
-        Self::build(pages, frames, false, Collector::new())
+        Self::build(pages, frames, DirtyMode::Off, Collector::new())
     }
 
-    /// The same with a dirty log.
+    /// The same with a dirty log of this kind.
     #[must_use]
-    pub fn logging(pages: u64, frames: u64) -> Self {
-        Self::build(pages, frames, true, Collector::new())
+    pub fn tracking(pages: u64, frames: u64, dirty: DirtyMode) -> Self {
+        Self::build(pages, frames, dirty, Collector::new())
     }
 
     /// The same with this collector.
     #[must_use]
     pub fn with_collector(pages: u64, frames: u64, collector: Collector) -> Self {
-        Self::build(pages, frames, false, collector)
+        Self::build(pages, frames, DirtyMode::Off, collector)
     }
 
-    fn build(pages: u64, frames: u64, log_dirty: bool, collector: Collector) -> Self {
+    fn build(pages: u64, frames: u64, dirty: DirtyMode, collector: Collector) -> Self {
         let tables = Arc::new(AllocatedMemory::at(frames * PAGE, TABLES));
         let mmu = Mmu::new(Config { collector, ..Config::new(tables) }).unwrap();
-        let slot = Self::slot(0, 0, pages);
-        mmu.create_slot(if log_dirty { slot.log_dirty() } else { slot }).unwrap();
+        mmu.create_slot(Self::slot(0, 0, pages).track(dirty)).unwrap();
         Self { mmu }
     }
 
@@ -106,6 +106,12 @@ impl Guest {
         let mut bytes = [0; 8];
         assert_eq!(self.mmu.memory().read(gpa, &mut bytes), 8);
         u64::from_le_bytes(bytes)
+    }
+
+    /// Puts a word where the guest might write as well, as the host does; the one before.
+    pub fn swap(&self, gpa: Gpa, word: u64) -> u64 {
+        let map = self.mmu.memory();
+        map.word(gpa, &Hint::default()).unwrap().swap(word, Ordering::AcqRel)
     }
 
     /// Registers with the root table in page `root`.

@@ -6,5 +6,5 @@
 mod explore;
 mod guest;
 
-pub use explore::{explore, mutant};
+pub use explore::{explore, explore_to, mutant, spawn, then};
 pub use guest::{Guest, PAGE, entry, fault, hi, lo, to};

@@ -2,8 +2,7 @@
 //! Guests that write their tables while faults read them: R1, R2, R24.
 #![cfg(loom)]
 
-use loom::thread;
-use loom_tests::{Guest, PAGE, entry, explore, fault, hi, lo, mutant, to};
+use loom_tests::{Guest, PAGE, entry, fault, hi, lo, model, spawn, to};
 use mmu_core::addr::Gpa;
 use mmu_core::paging::{Access, bits};
 use mmu_core::shadow::Outcome;
@@ -17,7 +16,7 @@ fn a_write_meets_the_first_entry() {
     let mut vcpu = guest.vcpu();
     // The root's shadow page is not what this is about.
     let _ = vcpu.fault(hi(0), Access::read());
-    let walker = thread::spawn(move || {
+    let walker = spawn(move || {
         fault(&mut vcpu, lo(0), Access::read());
         vcpu
     });
@@ -26,18 +25,12 @@ fn a_write_meets_the_first_entry() {
     guest.audit("R02", entry("another page than"));
 }
 
-#[test]
-fn r02_guest_write_meets_the_first_entry() {
-    explore("r02_guest_write_meets_the_first_entry", a_write_meets_the_first_entry);
-}
-
-#[test]
-#[should_panic(expected = "R02:")]
-fn r02_guest_write_meets_the_first_entry_mutant() {
-    mutant("R02", || {
-        explore("r02_guest_write_meets_the_first_entry_mutant", a_write_meets_the_first_entry)
-    });
-}
+model!(
+    r02_guest_write_meets_the_first_entry,
+    r02_guest_write_meets_the_first_entry_mutant,
+    "R02:",
+    a_write_meets_the_first_entry
+);
 
 /// The guest points the root at another table while a fault links the shadow page of the first.
 fn a_write_meets_a_link() {
@@ -47,7 +40,7 @@ fn a_write_meets_a_link() {
     guest.set(3, 0, to(4));
     let mut vcpu = guest.vcpu();
     let _ = vcpu.fault(hi(0), Access::read());
-    let walker = thread::spawn(move || {
+    let walker = spawn(move || {
         fault(&mut vcpu, lo(0), Access::read());
         vcpu
     });
@@ -56,16 +49,12 @@ fn a_write_meets_a_link() {
     guest.audit("R02", entry("another table"));
 }
 
-#[test]
-fn r02_guest_write_meets_a_link() {
-    explore("r02_guest_write_meets_a_link", a_write_meets_a_link);
-}
-
-#[test]
-#[should_panic(expected = "R02:")]
-fn r02_guest_write_meets_a_link_mutant() {
-    mutant("R02", || explore("r02_guest_write_meets_a_link_mutant", a_write_meets_a_link));
-}
+model!(
+    r02_guest_write_meets_a_link,
+    r02_guest_write_meets_a_link_mutant,
+    "R02:",
+    a_write_meets_a_link
+);
 
 /// One vCPU maps a page writable while another begins to shadow it as a table.
 fn a_writable_entry_meets_a_new_table() {
@@ -78,7 +67,7 @@ fn a_writable_entry_meets_a_new_table() {
     // The shadow page of the table in page 2 is there already, that of page 1 is not.
     fault(&mut a, hi(1), Access::read());
     let _ = b.fault(hi(1), Access::read());
-    let writer = thread::spawn(move || {
+    let writer = spawn(move || {
         let outcome = fault(&mut a, hi(0), Access::write());
         assert!(matches!(outcome, Outcome::Fixed | Outcome::Emulate { .. }));
         a
@@ -88,18 +77,12 @@ fn a_writable_entry_meets_a_new_table() {
     guest.audit("R02", entry("shadowed guest table"));
 }
 
-#[test]
-fn r02_writable_entry_meets_a_new_table() {
-    explore("r02_writable_entry_meets_a_new_table", a_writable_entry_meets_a_new_table);
-}
-
-#[test]
-#[should_panic(expected = "R02:")]
-fn r02_writable_entry_meets_a_new_table_mutant() {
-    mutant("R02", || {
-        explore("r02_writable_entry_meets_a_new_table_mutant", a_writable_entry_meets_a_new_table)
-    });
-}
+model!(
+    r02_writable_entry_meets_a_new_table,
+    r02_writable_entry_meets_a_new_table_mutant,
+    "R02:",
+    a_writable_entry_meets_a_new_table
+);
 
 /// A processor stores to a table that it can still write while a fault begins to shadow the table.
 fn a_processor_writes_a_table() {
@@ -113,7 +96,7 @@ fn a_processor_writes_a_table() {
     let (mut cpu, mut vcpu) = (guest.soft(), guest.vcpu());
     cpu.session().store(hi(0), &to(3).to_le_bytes(), false).unwrap();
     let _ = vcpu.fault(hi(1), Access::read());
-    let processor = thread::spawn(move || {
+    let processor = spawn(move || {
         cpu.session().store(hi(0), &to(4).to_le_bytes(), false).unwrap();
         cpu
     });
@@ -124,16 +107,12 @@ fn a_processor_writes_a_table() {
     guest.audit_clean();
 }
 
-#[test]
-fn r01_processor_writes_a_table() {
-    explore("r01_processor_writes_a_table", a_processor_writes_a_table);
-}
-
-#[test]
-#[should_panic(expected = "R01:")]
-fn r01_processor_writes_a_table_mutant() {
-    mutant("R01", || explore("r01_processor_writes_a_table_mutant", a_processor_writes_a_table));
-}
+model!(
+    r01_processor_writes_a_table,
+    r01_processor_writes_a_table_mutant,
+    "R01:",
+    a_processor_writes_a_table
+);
 
 /// The guest changes an entry while a walk sets its accessed bit.
 fn a_mark_meets_a_write() {
@@ -141,7 +120,7 @@ fn a_mark_meets_a_write() {
     guest.set(0, 0, to(1));
     guest.set(1, 0, to(2) & !(bits::A | bits::D));
     let vcpu = guest.vcpu();
-    let walker = thread::spawn(move || {
+    let walker = spawn(move || {
         let mut word = [0; 8];
         vcpu.read(lo(0), &mut word, Access::read()).unwrap();
         vcpu
@@ -156,13 +135,4 @@ fn a_mark_meets_a_write() {
     guest.audit_clean();
 }
 
-#[test]
-fn r24_mark_meets_a_write() {
-    explore("r24_mark_meets_a_write", a_mark_meets_a_write);
-}
-
-#[test]
-#[should_panic(expected = "R24:")]
-fn r24_mark_meets_a_write_mutant() {
-    mutant("R24", || explore("r24_mark_meets_a_write_mutant", a_mark_meets_a_write));
-}
+model!(r24_mark_meets_a_write, r24_mark_meets_a_write_mutant, "R24:", a_mark_meets_a_write);

@@ -4,7 +4,7 @@
 use super::slot::Page;
 use super::{Region, Slot, SlotId};
 use crate::addr::PAGE_SIZE;
-use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{AtomicU64, Mutex, Ordering, lock, rule};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -77,14 +77,22 @@ impl Drop for PinnedPage {
     fn drop(&mut self) {
         let pins = &self.region().pins;
         if self.write {
-            // R13: the bit before the pin goes, so that some harvest sees one of them.
-            self.region().dirty.mark_unpinned(self.index..self.index + 1);
-            let mut written = lock(&pins.written);
-            if let Some(count) = written.get_mut(&self.index) {
-                *count -= 1;
-                if *count == 0 {
-                    written.remove(&self.index);
+            // R13: the bit before the pin goes, so that each harvest sees one of them.
+            let mark = || self.region().dirty.mark_unpinned(self.index..self.index + 1);
+            if rule!(R13) {
+                mark();
+            }
+            {
+                let mut written = lock(&pins.written);
+                if let Some(count) = written.get_mut(&self.index) {
+                    *count -= 1;
+                    if *count == 0 {
+                        written.remove(&self.index);
+                    }
                 }
+            }
+            if !rule!(R13) {
+                mark();
             }
         }
         // Release pairs with the Acquire in `Pins::count`.

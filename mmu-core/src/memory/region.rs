@@ -136,6 +136,13 @@ impl Region {
         self.shadows.get(index).is_some_and(|shadows| !shadows.is_empty())
     }
 
+    /// Whether no shadow entry maps the region and no shadow page was made from it.
+    #[cfg(loom)]
+    pub(crate) fn is_unlinked(&self) -> bool {
+        let mut links = self.rmap.iter().chain(self.shadows.iter());
+        links.all(|(_, links)| links.is_empty())
+    }
+
     /// Whether the host has made the page read-only. A Relaxed load: the caller orders it (R7).
     #[inline]
     pub(crate) fn is_host_read_only(&self, index: usize) -> bool {

@@ -485,8 +485,11 @@ impl Attempt<'_> {
         // R35: writable only if the guest's entry has D. Without a write there is no reason to mark
         // the page dirty.
         let may_write = allowed.write && walk.dirty && (write || dirty != DirtyMode::WriteProtect);
+        // R07: at each look, except in the rule's twin.
+        let host_allows = rule!(R07) || page.is_writable();
         let entry_for = || {
-            let writable = may_write && page.is_writable() && !region.is_shadowed(index);
+            let allowed_now = page.is_writable() || !rule!(R07);
+            let writable = may_write && host_allows && allowed_now && !region.is_shadowed(index);
             let dirty = write || dirty != DirtyMode::DirtyBits;
             // A write that cannot be let through is emulated instead.
             (writable || !write).then(|| Spte::page(machine, writable, allowed.execute, dirty))

@@ -12,7 +12,7 @@ use super::role::Key;
 use super::spte::Spte;
 use crate::addr::{ENTRIES, Machine, PAGE_SHIFT, PAGE_SIZE};
 use crate::memory::Backing;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, LazyArray, LocationSet, Ordering, rule};
+use crate::sync::{AtomicU32, AtomicU64, LazyArray, LocationSet, Ordering, hint, rule};
 use core::fmt;
 use core::ptr::NonNull;
 use std::sync::Arc;
@@ -51,7 +51,7 @@ pub(crate) struct ShadowPage {
     /// Shadow generation it was made in: with an older one than the engine's it is obsolete (R19).
     born: AtomicU64,
     /// A fault has passed through since recycling last looked.
-    young: AtomicBool,
+    young: hint::AtomicBool,
     /// Flush generation that must have been drained before the frame is reused.
     retired: AtomicU64,
     /// Link of the list of frames this one is in.
@@ -68,7 +68,7 @@ impl Default for ShadowPage {
             parents: LocationSet::default(),
             roots: AtomicU32::new(0),
             born: AtomicU64::new(0),
-            young: AtomicBool::new(false),
+            young: hint::AtomicBool::new(false),
             retired: AtomicU64::new(0),
             next: AtomicU32::new(NONE),
         }
@@ -170,9 +170,9 @@ pub(crate) struct Frames {
     used: AtomicU32,
     quota: AtomicU32,
     /// Of those used, the ones that were torn down.
-    retired: AtomicU32,
+    retired: hint::AtomicU32,
     /// Of those torn down, the ones that were some vCPU's root when last looked at.
-    held: AtomicU32,
+    held: hint::AtomicU32,
     free: FrameStack,
     /// Retired frames whose grace period has passed.
     graced: FrameStack,
@@ -194,8 +194,8 @@ impl Frames {
             fresh: AtomicU32::new(0),
             used: AtomicU32::new(0),
             quota: AtomicU32::new(count),
-            retired: AtomicU32::new(0),
-            held: AtomicU32::new(0),
+            retired: hint::AtomicU32::new(0),
+            held: hint::AtomicU32::new(0),
             free: FrameStack::new(),
             graced: FrameStack::new(),
             memory,

@@ -120,7 +120,10 @@ impl Engine {
                 self.drop_mappings(guard, page, narrowing);
             });
         }
-        self.wait_acknowledged(settled);
+        // R07: nor from what processors remember.
+        if rule!(R07) {
+            self.wait_acknowledged(settled);
+        }
         Ok(invalidation)
     }
 

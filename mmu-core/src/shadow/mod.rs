@@ -53,7 +53,7 @@ pub(crate) use stats::Stats;
 use crate::addr::{ENTRIES, Gva, INDEX_BITS, LEVELS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle};
-use crate::sync::{AtomicU32, AtomicU64, ConcurrentMap, Mutex, Ordering, fence, lock, unique};
+use crate::sync::{AtomicU64, ConcurrentMap, Mutex, Ordering, fence, hint, lock, unique};
 use core::cell::Cell;
 use flush::{Flush, Narrowing};
 use frames::Frames;
@@ -75,7 +75,7 @@ pub(crate) struct Engine {
     /// Serialises the writers of the memory map.
     writer: Mutex<()>,
     /// Where recycling looks next.
-    hand: AtomicU32,
+    hand: hint::AtomicU32,
     /// Counts the times that everything was zapped: pages made before are obsolete.
     shadow_generation: AtomicU64,
     /// The round of obsolete pages: next frame in the low half, end in the high half.
@@ -130,7 +130,7 @@ impl Engine {
             pages: ConcurrentMap::new(),
             reserved,
             writer: Mutex::new(()),
-            hand: AtomicU32::new(0),
+            hand: hint::AtomicU32::new(0),
             shadow_generation: AtomicU64::new(0),
             sweep: AtomicU64::new(0),
             quota: Mutex::new(Quota::default()),

@@ -98,6 +98,12 @@ impl Engine {
                 self.wait_for_readers(handle);
             }
             self.evict(&slot, handle);
+            // In a model: nothing names its memory any more.
+            #[cfg(loom)]
+            assert!(
+                slot.region().is_unlinked() || !rule!(R08),
+                "R27: a link to a slot outlives it"
+            );
             if rule!(R27) {
                 let map = self.memory.snapshot().forgetting(&slot);
                 self.publish(map, handle);
@@ -123,7 +129,10 @@ impl Engine {
                 return Ok(());
             };
             self.publish(moved, handle);
-            self.wait_for_readers(handle);
+            // R08, as in `delete_slot`.
+            if rule!(R08) {
+                self.wait_for_readers(handle);
+            }
             self.evict(slot, handle);
             Ok(())
         })
@@ -143,8 +152,10 @@ impl Engine {
                 log.set_enabled(true);
             }
             self.publish(map.flagged(id, flags)?, handle);
-            // Faults that obeyed the old flags have ended after this.
-            self.wait_for_readers(handle);
+            // R13: faults that obeyed the old flags have ended after this.
+            if rule!(R13) {
+                self.wait_for_readers(handle);
+            }
             if flags.dirty == DirtyMode::Off {
                 log.set_enabled(false);
                 log.reset();

@@ -74,7 +74,7 @@ impl Engine {
     /// zapped.
     pub(crate) fn is_current(&self, frame: FrameId) -> bool {
         let page = self.frames.page(frame);
-        page.is_live() && (!self.is_obsolete(page) || !rule!(R19))
+        page.is_live() && !self.is_obsolete(page)
     }
 
     pub(super) fn is_obsolete(&self, page: &ShadowPage) -> bool {

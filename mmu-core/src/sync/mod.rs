@@ -43,6 +43,12 @@ pub(crate) use loom::sync::Mutex;
 #[cfg(loom)]
 pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence};
 
+/// Atomics that no protocol rests on: hints and tallies, whose value only makes something cheaper or
+/// earlier. Not loom's, so that they do not multiply what a model explores.
+pub(crate) mod hint {
+    pub(crate) use core::sync::atomic::{AtomicBool, AtomicU32};
+}
+
 /// Interior mutability whose every access the model checker sees.
 #[cfg(loom)]
 pub(crate) use loom::cell::UnsafeCell;

@@ -19,7 +19,7 @@ use crate::shadow::{
     Context, Cursor, Downgrade, Engine, FaultInfo, FrameId, Generation, Outcome, Processor, Regime,
     Stall, VcpuState, request,
 };
-use crate::sync::{Backoff, lock};
+use crate::sync::{Backoff, lock, rule};
 use std::sync::Arc;
 
 /// Why a vCPU, or new registers for it, were refused; an existing vCPU keeps the old ones.
@@ -326,7 +326,7 @@ impl Vcpu {
             let generation = self.cursor.seen();
             // R19: a root that became obsolete before the generation that is acknowledged now must
             // not be run on.
-            if !self.engine.is_current(root) {
+            if rule!(R19) && !self.engine.is_current(root) {
                 continue;
             }
             if self.cursor.enter() {
