@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The VM-wide handle.
 
-use crate::addr::{ENTRIES, Gpa, PAGE_SIZE, PHYSICAL_BITS};
+use crate::addr::{ENTRIES, Gfn, Gpa, PAGE_SIZE, PHYSICAL_BITS};
 use crate::memory::{
     Alias, AliasError, Backing, DirtyPage, MemoryMap, PinnedPage, Slot, SlotConfig, SlotError,
     SlotFlags, SlotId,
@@ -13,7 +13,7 @@ use crate::shadow::{
     RangeError, Release, StatsSnapshot,
 };
 use crate::sync::epoch::Collector;
-use crate::sync::{Mark, WouldDeadlock};
+use crate::sync::{Mark, Ordering, WouldDeadlock, fence};
 use crate::vcpu::{SoftProcessor, SoftVcpu, Vcpu, VcpuError};
 use std::sync::Arc;
 
@@ -84,7 +84,7 @@ pub enum ConfigError {
 /// A thread that is inside the guest with its vCPU, or holds a [`Walker`](crate::vcpu::Walker), must
 /// not make a call that waits for vCPUs or readers. A thread that resolves faults of guest memory
 /// says so ([`Mmu::resolver`]) and is then refused by every call that waits. A thread that has begun an
-/// [`Invalidation`] is refused by the calls that wait for invalidations.
+/// [`Invalidation`] is refused by the calls that wait for invalidations, and by another one.
 #[derive(Clone, Debug)]
 pub struct Mmu {
     engine: Arc<Engine>,
@@ -313,8 +313,18 @@ impl Mmu {
         let handle = self.engine.collector.register();
         let guard = handle.pin();
         let map = self.engine.memory.load(&guard);
-        let len = len.min((1 << PHYSICAL_BITS) - gpa.0.min(1 << PHYSICAL_BITS));
-        self.engine.guest_wrote(&self.engine.stats, &guard, map, gpa, len);
+        let end = gpa.0.saturating_add(len).min(1 << PHYSICAL_BITS);
+        // R2: the write, fence, then who shadows it.
+        fence(Ordering::SeqCst);
+        // By stretches of memory and the guest tables in them: a VMM may name the whole guest.
+        for (gfn, slot, pages) in map.stretches_at(gpa.gfn().0..end.div_ceil(PAGE_SIZE)) {
+            let shadows = slot.region().shadows.iter_range(pages.clone());
+            for (index, _) in shadows.filter(|(_, shadows)| !shadows.is_empty()) {
+                let page = Gfn(gfn + (index - pages.start) as u64).gpa().0;
+                let (from, to) = (page.max(gpa.0), (page + PAGE_SIZE).min(end));
+                self.engine.guest_wrote(&self.engine.stats, &guard, map, Gpa(from), to - from);
+            }
+        }
     }
 
     /// Tears the whole shadow down, in constant time: vCPUs build another one from their next entry
@@ -345,7 +355,8 @@ impl Mmu {
 
     /// Takes a range of guest memory away from every processor until the result is dropped: when this
     /// returns no vCPU uses it, and faults on it stall. For a host that is about to discard, swap, copy
-    /// or replace what is behind it.
+    /// or replace what is behind it. A thread begins one at a time; two threads must not each wait,
+    /// within an invalidation, for the other to begin one.
     ///
     /// # Errors
     ///

@@ -7,8 +7,9 @@ mod common;
 use common::{Guest, MIB, PAGE, RWU, load, store};
 use mmu_core::addr::{Gpa, Gva, Hva};
 use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig, SlotId};
-use mmu_core::paging::bits;
+use mmu_core::paging::{Access, bits};
 use mmu_core::shadow::{PageRange, RangeError};
+use mmu_core::sync::WouldDeadlock;
 use mmu_core::vcpu::{AccessError, SoftExit};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -61,11 +62,9 @@ fn nothing_is_stored_in_a_page_that_was_taken_away() {
             let range =
                 if round % 3 == 0 { by_gpa(first, pages) } else { by_hva(&memory, first, pages) };
             let taken = guest.mmu.invalidate(range).unwrap();
-            let inner = (round % 5 == 0).then(|| guest.mmu.invalidate(by_gpa(0, 8)).unwrap());
             let words = &memory.words()[first as usize * 512..(first + pages) as usize * 512];
             let sum = || words.iter().map(|w| w.load(Ordering::Acquire)).fold(0, u64::wrapping_add);
             let still = sum();
-            drop(inner);
             std::thread::yield_now();
             assert_eq!(sum(), still, "stored in a page that was taken away");
             taken.end();
@@ -95,6 +94,11 @@ fn changes_of_the_map_wait_for_invalidations() {
         taken.end();
     });
     assert!(done.load(Ordering::Acquire));
+    // Nor does a thread begin two at a time: a change that queues for the first would wait for it.
+    let first = guest.mmu.invalidate(PageRange::Guest { base: Gpa(0), size: PAGE }).unwrap();
+    let refused = RangeError::WouldDeadlock(WouldDeadlock::Invalidating);
+    assert_eq!(guest.mmu.invalidate(by_gpa(0, 1)).unwrap_err(), refused);
+    drop(first);
     let nothing = guest.mmu.invalidate(by_gpa(0, 1)).unwrap();
     assert_eq!(format!("{nothing:?}"), "[]");
 }
@@ -117,23 +121,35 @@ fn a_page_the_host_made_read_only_is_not_written() {
     guest.audit();
 }
 
-/// The engine does not set accessed bits in a table that the host has made read-only, and makes up for
-/// it afterwards.
+/// The engine does not set accessed bits in a table that the host has made read-only: who needs them
+/// set, needs the page writable first (R35).
 #[test]
 fn guest_tables_the_host_made_read_only_are_not_written() {
     let (guest, memory) = guest(1);
     let gva = Gva(0x40_0000_0000);
     guest.write(guest.entry(guest.root, gva, 2), DATA | RWU);
     guest.write(Gpa(DATA), 0x5000 | RWU);
-    guest.mmu.set_host_writable(by_gpa(0, 1), false).unwrap();
+    let host_writable = |yes| guest.mmu.set_host_writable(by_gpa(0, 1), yes).unwrap();
+    let table = || memory.words()[0].load(Ordering::Relaxed);
     let mut cpu = guest.vcpu();
-    load(&mut cpu, gva.0);
-    assert_eq!(memory.words()[0].load(Ordering::Relaxed), 0x5000 | RWU);
+    let refused = SoftExit::HostReadOnly(Gpa(DATA));
+    host_writable(false);
+    assert_eq!(cpu.session().load(gva, &mut [0], true), Err(refused));
+    let read = cpu.vcpu().read(gva, &mut [0], Access::read().user());
+    assert_eq!(read, Err(AccessError::HostReadOnly { gpa: Gpa(DATA) }));
+    assert_eq!(table(), 0x5000 | RWU);
     guest.audit();
-    guest.mmu.set_host_writable(by_gpa(0, 1), true).unwrap();
-    guest.audit();
+    host_writable(true);
     load(&mut cpu, gva.0);
-    assert_eq!(memory.words()[0].load(Ordering::Relaxed), 0x5000 | RWU | bits::A);
+    assert_eq!(table(), 0x5000 | RWU | bits::A);
+    // What has A can be read again, and D is missing for a write.
+    host_writable(false);
+    load(&mut cpu, gva.0);
+    assert_eq!(cpu.session().store(gva, &[1], true), Err(refused));
+    guest.audit();
+    host_writable(true);
+    store(&mut cpu, gva.0, 1);
+    assert_eq!(table(), 0x5000 | RWU | bits::A | bits::D);
     guest.audit();
 }
 

@@ -4,7 +4,7 @@
 use super::alias::{Alias, AliasError};
 use super::ranges::Ranges;
 use super::slot::Page;
-use super::{DirtyRing, Region, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
+use super::{DirtyMode, DirtyRing, Region, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
 use crate::addr::{Gfn, Gpa, Machine, PAGE_SHIFT, PAGE_SIZE};
 use crate::memory::PAGE_WORDS;
 use crate::sync::{AtomicU64, Life, Ordering, Snapshot, unique};
@@ -31,7 +31,8 @@ unsafe impl Sync for Place {}
 
 impl Place {
     fn new(slot: Arc<Slot>, first: usize) -> Self {
-        let words = NonNull::from(&slot.region().words()[first * PAGE_WORDS]);
+        // From the slice, not from one word: the pointer must be good for all that follow.
+        let words = NonNull::from(&slot.region().words()[first * PAGE_WORDS..]).cast();
         Self { words, slot }
     }
 
@@ -178,8 +179,12 @@ impl MemoryMap {
             let machine = slot.machine();
             return Err(SlotError::SharedBacking { id, machine, other: other.id() });
         }
-        slot.region().dirty.reset();
-        slot.region().dirty.set_enabled(slot.logs_dirty());
+        // A log that this slot does not use may be another's: a backing may serve several maps.
+        if slot.logs_dirty() {
+            slot.region().dirty.reset();
+            slot.region().dirty.set_enabled(true);
+        }
+        slot.region().set_dirty_bits(slot.flags().dirty == DirtyMode::DirtyBits);
         let pages = self.pages + slot.pages();
         Ok(self.next(
             self.slots.insert(frames(&slot), Place::new(Arc::clone(&slot), 0)),
@@ -339,10 +344,18 @@ impl MemoryMap {
         &self,
         gfns: Range<u64>,
     ) -> impl Iterator<Item = (&Arc<Slot>, Range<usize>)> {
+        self.stretches_at(gfns).map(|(_, slot, pages)| (slot, pages))
+    }
+
+    /// The same with the guest frame that each begins at.
+    pub(crate) fn stretches_at(
+        &self,
+        gfns: Range<u64>,
+    ) -> impl Iterator<Item = (u64, &Arc<Slot>, Range<usize>)> {
         self.places.overlapping(gfns.clone()).map(move |(range, place)| {
-            let from = gfns.start.max(range.start) - range.start;
-            let to = gfns.end.min(range.end) - range.start;
-            (&place.slot, place.first() + from as usize..place.first() + to as usize)
+            let start = gfns.start.max(range.start);
+            let (from, to) = (start - range.start, gfns.end.min(range.end) - range.start);
+            (start, &place.slot, place.first() + from as usize..place.first() + to as usize)
         })
     }
 

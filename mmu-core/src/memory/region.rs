@@ -8,7 +8,7 @@ use super::backing::{Backing, PAGE_WORDS};
 use super::pin::Pins;
 use super::{DirtyLog, Invalid, SlotError, SlotId};
 use crate::addr::{Hva, Machine, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_BITS};
-use crate::sync::{AtomicU64, LazyArray, LocationSet, Ordering};
+use crate::sync::{AtomicBool, AtomicU64, LazyArray, LocationSet, Ordering};
 use core::fmt;
 use core::ops::Range;
 use core::ptr::NonNull;
@@ -22,6 +22,9 @@ pub(crate) struct Region {
     /// not be writable.
     pub(crate) shadows: LazyArray<LocationSet>,
     pub(crate) dirty: DirtyLog,
+    /// Whether dirty bits in entries may stand for writes that are not in the log: set before the
+    /// first map by which they may, cleared when the last such entry is gone.
+    dirty_bits: AtomicBool,
     /// What the host has taken away for a while (R7).
     pub(crate) invalid: Invalid,
     pub(super) pins: Pins,
@@ -68,6 +71,7 @@ impl Region {
             rmap: LazyArray::new(pages as usize),
             shadows: LazyArray::new(pages as usize),
             dirty,
+            dirty_bits: AtomicBool::new(false),
             invalid: Invalid::default(),
             pins: Pins::default(),
             host_read_only: LazyArray::new(pages.div_ceil(64) as usize),
@@ -117,6 +121,16 @@ impl Region {
             return None;
         }
         self.words().get(index * PAGE_WORDS + word)
+    }
+
+    /// See [`Region::dirty_bits`]. Who has taken an entry away sees what its maker saw.
+    pub(crate) fn uses_dirty_bits(&self) -> bool {
+        // Acquire: a harvest that finds it cleared sees what was recorded before.
+        self.dirty_bits.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_dirty_bits(&self, used: bool) {
+        self.dirty_bits.store(used, Ordering::Release);
     }
 
     /// Pages pinned at the moment, as often as they are.

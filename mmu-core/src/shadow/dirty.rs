@@ -109,8 +109,13 @@ impl Engine {
             set.map(move |n| Page { slot, index: word * 64 + n })
         };
         // The entries' frames stay theirs within a read section.
-        let _guard = handle.pin();
-        if slot.flags().dirty == DirtyMode::WriteProtect {
+        let guard = handle.pin();
+        // R13: by the map of this moment. Since this harvest began the slot may have come to log by
+        // write-protection: then the bits taken here are of entries that must be protected. If it
+        // comes to do so after this, whoever changes that protects everything.
+        let now = self.memory.load(&guard).by_machine(slot.machine());
+        let mode = now.map_or(slot.flags().dirty, |page| page.slot.flags().dirty);
+        if mode != DirtyMode::DirtyBits {
             let mut narrowing = self.flush.narrow();
             pages().for_each(|page| self.protect(page, &mut narrowing, &self.stats));
         }
@@ -128,7 +133,9 @@ impl Engine {
 
     /// Moves the dirty bits of the slot's entries into its log, if that is where they are.
     fn gather(&self, slot: &Arc<Slot>, handle: &mut Handle) {
-        if slot.flags().dirty != DirtyMode::DirtyBits {
+        // Not by the flags: while these change from dirty bits to write-protection, entries of either
+        // kind are about, and a write from before is in the first harvest that begins after it.
+        if !slot.region().uses_dirty_bits() {
             return;
         }
         let all = 0..slot.pages() as usize;

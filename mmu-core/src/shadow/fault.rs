@@ -53,9 +53,10 @@ pub enum Outcome {
         gpa: Gpa,
     },
     /// A write to a page that the host has made read-only ([`crate::Mmu::set_host_writable`]): the
-    /// VMM's to make writable again, after a copy perhaps.
+    /// VMM's to make writable again, after a copy perhaps. The page may be the guest's table, whose
+    /// entry lacks an accessed or dirty bit that the access has to set.
     HostReadOnly {
-        /// Guest-physical address of the access.
+        /// Guest-physical address of the access, or of the table's entry.
         gpa: Gpa,
     },
 }
@@ -186,13 +187,13 @@ impl Engine {
                     if let Some(spare) = made {
                         // R06: the loser of a race drops its own page.
                         stats.mmu_cache_race.bump();
-                        self.zap(guard, spare);
+                        self.zap_one(guard, spare);
                     }
                     return Ok(frame);
                 }
                 if page.is_live() {
                     // Obsolete.
-                    self.zap(guard, frame);
+                    self.zap_one(guard, frame);
                 }
                 // Being torn down: help it out of the hash.
                 self.pages.remove_if_equal(&key, frame);
@@ -213,7 +214,7 @@ impl Engine {
                 if !self.is_current(frame) {
                     // A slot's removal found it by its guest frame before it was in the hash, or it
                     // became obsolete in the making.
-                    self.zap(guard, frame);
+                    self.zap_one(guard, frame);
                     self.pages.remove_if_equal(&key, frame);
                     return Err(Retry::Again);
                 }
@@ -322,6 +323,21 @@ impl Granted {
     }
 }
 
+/// R35: the guest's entry that lacks its accessed bit, or for a write its dirty bit, because the host
+/// has made the table read-only. A guest whose page changes behind a clear D loses the page. (In a
+/// read-only slot they stay clear for good: R24.)
+pub(crate) fn withheld(map: &MemoryMap, path: &Path, write: bool) -> Option<Gpa> {
+    let last = path.steps().len().saturating_sub(1);
+    let lacking = |(i, step): (usize, &Step)| {
+        let needed = bits::A | if write && i == last { bits::D } else { 0 };
+        (step.value & needed != needed).then_some(step.entry)
+    };
+    path.steps().iter().enumerate().filter_map(lacking).find(|entry| {
+        let host = |page: Page<'_>| !page.slot.is_read_only() && !page.is_writable();
+        map.page(entry.gfn()).is_some_and(host)
+    })
+}
+
 impl Attempt<'_> {
     fn run(&self) -> Result<Outcome, Retry> {
         let FaultInfo { mode, root, gva, access, .. } = *self.info;
@@ -335,6 +351,9 @@ impl Attempt<'_> {
         };
         let gfn = walk.gpa.gfn();
         let write = access.kind == Kind::Write;
+        if let Some(gpa) = withheld(self.map, &path, write) {
+            return Ok(Outcome::HostReadOnly { gpa });
+        }
         // R31: the map that was walked.
         let map = if rule!(R31) { self.map } else { self.engine.memory.load(self.guard) };
         let page = map.page(gfn);
@@ -518,7 +537,8 @@ impl Attempt<'_> {
             let fresh = || {
                 let taken = region.invalid.covers(index) && rule!(R07);
                 let entry = entry_for().filter(|_| !taken)?;
-                self.unchanged(step, wanted.is_writable()).then_some(entry)
+                // R35: by what is published, which may have become writable since `wanted` was made.
+                self.unchanged(step, entry.is_writable()).then_some(entry)
             };
             if old.includes(wanted) {
                 if write {
@@ -639,11 +659,15 @@ impl Attempt<'_> {
     /// no harm; a cleared A, or D where the shadow entry is `writable`, does (R35).
     pub(super) fn unchanged(&self, step: Option<&Step>, writable: bool) -> bool {
         let Some(step) = step else { return true };
-        let Some(word) = self.map.word(step.entry, &self.context.hint) else { return false };
+        let Some(table) = self.map.page(step.entry.gfn()) else { return false };
+        let Some(word) = table.word(step.entry.page_offset()) else { return false };
         // Acquire: pairs with the Release of the guest's emulated store.
         let now = word.load(Ordering::Acquire);
         let flags = bits::A | bits::D;
         let needed = bits::A | if writable { bits::D } else { 0 };
-        (now | flags) == (step.value | flags) && step.value & needed & !now == 0
+        // R35: a walk that found the table read-only has set no A. If the host has made it writable
+        // since, whoever did that may have passed this entry's page already.
+        let marked = now & bits::A != 0 || !table.is_writable();
+        (now | flags) == (step.value | flags) && step.value & needed & !now == 0 && marked
     }
 }

@@ -97,6 +97,10 @@ impl Engine {
         range: PageRange,
     ) -> Result<Invalidation, RangeError> {
         self.may_wait()?;
+        // R26: a change of the map that queues holds the lock and waits for this thread's first one.
+        if Mark::is_set(self.id, WouldDeadlock::Invalidating) {
+            return Err(WouldDeadlock::Invalidating.into());
+        }
         let stretches = {
             let _writer = lock(&self.writer);
             let stretches = self.pages_in(&self.memory.snapshot(), range)?;

@@ -43,7 +43,7 @@ pub use slots::Release;
 pub use stats::StatsSnapshot;
 
 pub(crate) use edit::Exchange;
-pub(crate) use fault::FaultInfo;
+pub(crate) use fault::{FaultInfo, withheld};
 pub(crate) use flush::{Cursor, VcpuState, request};
 pub(crate) use reclaim::MIN_FRAMES;
 pub(crate) use role::Regime;

@@ -6,7 +6,7 @@ use super::flush::{Generation, Narrowing};
 use super::location::Location;
 use super::stats::Stats;
 use super::{Engine, Spte};
-use crate::memory::{DirtyMode, Page, Slot};
+use crate::memory::{Page, Slot};
 use crate::sync::epoch::{Guard, Handle};
 use crate::sync::{Backoff, Mark, WouldDeadlock, rule};
 use core::ops::Range;
@@ -66,8 +66,10 @@ impl Engine {
     /// R11: the value `old` was swapped out of an entry that maps the page. If the processor has
     /// written through it and nobody knows, that is recorded.
     pub(super) fn took(&self, page: Page<'_>, old: Spte) {
-        if old.is_dirty() && page.slot.flags().dirty == DirtyMode::DirtyBits && rule!(R11) {
-            page.mark_dirty(None);
+        // By the region, not by the slot's flags in some map: during a change of these, entries of
+        // either kind are about.
+        if old.is_dirty() && page.region().uses_dirty_bits() && rule!(R11) {
+            page.region().dirty.mark(page.index);
         }
     }
 

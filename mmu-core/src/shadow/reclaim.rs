@@ -74,7 +74,9 @@ impl Engine {
         self.shadow_generation.fetch_add(1, Ordering::AcqRel);
         // Pages that are in the making now lie in frames below this.
         let end = u64::from(self.frames.high_water());
-        self.sweep.store(end << 32, Ordering::Release);
+        // Of two at a time the one that looked first may come last: a round never becomes shorter.
+        let round = |old: u64| Some((old >> 32).max(end) << 32);
+        let _ = self.sweep.fetch_update(Ordering::Release, Ordering::Relaxed, round);
         self.flush.advance()
     }
 
@@ -93,10 +95,15 @@ impl Engine {
                 Err(now) => round = now,
             }
         };
+        let mut zapped = false;
         for frame in (next..next.saturating_add(frames).min(end)).map(FrameId) {
             if self.is_over(self.frames.page(frame)) {
-                self.zap(guard, frame);
+                zapped |= self.zap(guard, frame).is_some();
             }
+        }
+        if zapped {
+            // Others may wait for the frames, and this thread may not come here again for long.
+            guard.flush();
         }
     }
 
@@ -211,6 +218,13 @@ impl Engine {
             quota.asked = frames.map(|frames| frames as u32);
             self.apply_quota(&quota, &seats);
         }
+        self.shrink();
+        Ok(())
+    }
+
+    /// Tears down pages until there are no more than there may be: for who has made the quota much
+    /// smaller. Else the next fault would do it, a few pages and a grace period at a time.
+    pub(super) fn shrink(&self) {
         let handle = self.collector.register();
         let mut guard = handle.pin();
         self.sweep_rest(&mut guard);
@@ -231,7 +245,6 @@ impl Engine {
             guard.repin();
         }
         self.reclaim(&guard);
-        Ok(())
     }
 
     /// How many table frames may be used, and how many are.

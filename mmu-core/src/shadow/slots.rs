@@ -60,6 +60,11 @@ impl Engine {
     /// after the readers of older maps, which might make more of them.
     fn publish(&self, map: MemoryMap, handle: &mut Handle) {
         let wraps = map.generation() % (1 << MMIO_GENERATION_BITS) == 0;
+        if wraps {
+            // Entries of the last map with the same number mean something again as soon as this one
+            // is published: they go before. Its readers ended long ago, so no more come.
+            self.zap_all();
+        }
         self.memory.publish(map, handle);
         if wraps {
             self.wait_for_readers(handle);
@@ -108,8 +113,12 @@ impl Engine {
                 let map = self.memory.snapshot().forgetting(&slot);
                 self.publish(map, handle);
             }
-            slot.region().dirty.set_enabled(false);
+            if slot.logs_dirty() {
+                slot.region().dirty.set_enabled(false);
+            }
             self.memory.reclaim_all(handle);
+            // The quota may follow the memory's size.
+            self.shrink();
             Ok(Release {
                 snapshots: self.memory.holders(slot.region()),
                 pinned_pages: slot.region().pinned_pages(),
@@ -151,6 +160,9 @@ impl Engine {
                 log.reset();
                 log.set_enabled(true);
             }
+            if flags.dirty == DirtyMode::DirtyBits {
+                old.region().set_dirty_bits(true);
+            }
             self.publish(map.flagged(id, flags)?, handle);
             // R13: faults that obeyed the old flags have ended after this.
             if rule!(R13) {
@@ -173,6 +185,11 @@ impl Engine {
                 }
             });
             self.wait_acknowledged(settled);
+            if before.dirty == DirtyMode::DirtyBits && flags.dirty != before.dirty {
+                // R11: whoever took such an entry away has recorded it after this.
+                self.wait_for_readers(handle);
+                old.region().set_dirty_bits(false);
+            }
             Ok(())
         })
     }

@@ -65,6 +65,14 @@ impl Engine {
         Some(generation)
     }
 
+    /// The same for a thread that may tear nothing more down for long: others need not wait for it
+    /// to get the frame.
+    pub(super) fn zap_one(&self, guard: &Guard<'_>, frame: FrameId) {
+        if self.zap(guard, frame).is_some() {
+            guard.flush();
+        }
+    }
+
     /// Frames that were ever used have numbers below this.
     pub(crate) fn frames_used(&self) -> u32 {
         self.frames.high_water()

@@ -5,8 +5,8 @@
 use super::Vcpu;
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::memory::MemoryMap;
-use crate::paging::{Access, Fault, Kind, Walk};
-use crate::shadow::Exchange;
+use crate::paging::{Access, Fault, Kind, Path, Walk};
+use crate::shadow::{Exchange, withheld};
 use crate::sync::epoch::Guard;
 use crate::sync::rule;
 
@@ -175,7 +175,17 @@ impl Vcpu {
     }
 
     fn locate(&self, map: &MemoryMap, gva: Gva, access: Access) -> Result<Gpa, AccessError> {
-        Ok(self.mode.walk(map, &self.context.hint, gva, access)?.gpa)
+        let walk = self.mode.walk(map, &self.context.hint, gva, access)?;
+        let write = access.kind == Kind::Write;
+        if !(walk.accessed && (walk.dirty || !write)) {
+            // The guest's entry may be in memory that the host has made read-only.
+            let mut path = Path::default();
+            self.mode.walk_path(map, &self.context.hint, gva, access, &mut path)?;
+            if let Some(gpa) = withheld(map, &path, write) {
+                return Err(AccessError::HostReadOnly { gpa });
+            }
+        }
+        Ok(walk.gpa)
     }
 
     fn locate_for_write(

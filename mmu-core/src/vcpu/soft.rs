@@ -435,7 +435,9 @@ impl Session<'_> {
         // From machine address to pointer: what a processor's memory bus does.
         let guard = self.cpu.vcpu.context.handle.pin();
         let page = engine.memory.load(&guard).by_machine(spte.machine())?;
-        let page = page.word(0)? as *const AtomicU64;
+        let first = page.index * PAGE_WORDS;
+        // From the slice, not from one word: the pointer must be good for the whole page.
+        let page = page.region().words().get(first..first + PAGE_WORDS)?.as_ptr();
         // A write through this translation needs no second look at the entry only if D is set.
         let write = spte.is_dirty();
         self.cpu.tlb[slot(gva)] = Translation { tag: tag(gva, access.user), page, write, execute };
