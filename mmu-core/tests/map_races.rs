@@ -5,7 +5,8 @@ mod common;
 use common::{Guest, MIB, PAGE, RWU, load, store};
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{
-    AllocatedMemory, Backing, DirtyLog, DirtyMode, MemoryMap, SlotConfig, SlotFlags, SlotId,
+    AllocatedMemory, Backing, DirtyLog, DirtyMode, MemoryMap, SlotConfig, SlotError, SlotFlags,
+    SlotId,
 };
 use mmu_core::paging::bits;
 use mmu_core::vcpu::SoftExit;
@@ -191,11 +192,17 @@ fn a_second_user_of_a_backing_leaves_its_log_alone() {
     let memory = Arc::new(Logged(AllocatedMemory::new(MIB), DirtyLog::new(MIB)));
     guest.mmu.create_slot(SlotConfig::new(1, Gpa(1 << 30), memory.clone()).log_dirty()).unwrap();
     guest.mmu.write_phys(Gpa(1 << 30), &[1]);
-    let _ = MemoryMap::build([SlotConfig::new(0, Gpa(0), memory.clone())]);
+    let config = SlotConfig::new(0, Gpa(0), memory.clone());
+    MemoryMap::build([config.clone()]).unwrap();
+    let refused = MemoryMap::build([config.clone().log_dirty()]).unwrap_err();
+    assert_eq!(refused, SlotError::LogInUse(SlotId(0)));
     let mut bitmap = [0; 4];
     assert_eq!(guest.mmu.dirty_log(SlotId(1), &mut bitmap), Ok(1), "erased");
     guest.mmu.write_phys(Gpa(1 << 30), &[1]);
     assert_eq!(guest.mmu.dirty_log(SlotId(1), &mut bitmap), Ok(1), "disabled");
+    guest.mmu.delete_slot(SlotId(1)).unwrap();
+    drop(MemoryMap::build([config.clone().log_dirty()]).unwrap());
+    MemoryMap::build([config.log_dirty()]).unwrap();
 }
 
 /// A harvest by dirty bits straddles the change to write-protection.

@@ -119,6 +119,20 @@ impl DirtyLog {
         fence(Ordering::SeqCst);
     }
 
+    /// Empties the log and records marks from now on, unless it does so for somebody else already;
+    /// whether it does now. What to do after it is in the module's documentation.
+    pub(crate) fn claim(&self) -> bool {
+        if self.is_enabled() {
+            return false;
+        }
+        self.reset();
+        let (off, on, relaxed) = (false, true, Ordering::Relaxed);
+        let claimed = self.0.enabled.compare_exchange(off, on, relaxed, relaxed).is_ok();
+        // As in `set_enabled`.
+        fence(Ordering::SeqCst);
+        claimed
+    }
+
     /// Sets the page's bit, unless marks are ignored; whether it was clear. Pages beyond the end
     /// are ignored.
     ///

@@ -97,6 +97,9 @@ pub enum SlotError {
         /// Pages of the log.
         log: u64,
     },
+    /// The backing's own dirty log records for another slot, of this engine or another.
+    #[error("{0}: the backing's dirty log is in use already")]
+    LogInUse(SlotId),
     /// The calling thread must not wait.
     #[error("{id}: {why}")]
     WouldDeadlock {

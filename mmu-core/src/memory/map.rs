@@ -179,10 +179,8 @@ impl MemoryMap {
             let machine = slot.machine();
             return Err(SlotError::SharedBacking { id, machine, other: other.id() });
         }
-        // A log that this slot does not use may be another's: a backing may serve several maps.
-        if slot.logs_dirty() {
-            slot.region().dirty.reset();
-            slot.region().dirty.set_enabled(true);
+        if slot.logs_dirty() && !slot.region().start_log() {
+            return Err(SlotError::LogInUse(id));
         }
         slot.region().set_dirty_bits(slot.flags().dirty == DirtyMode::DirtyBits);
         let pages = self.pages + slot.pages();

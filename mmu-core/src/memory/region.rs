@@ -22,6 +22,8 @@ pub(crate) struct Region {
     /// not be writable.
     pub(crate) shadows: LazyArray<LocationSet>,
     pub(crate) dirty: DirtyLog,
+    /// Whether this region has started its log.
+    logs: AtomicBool,
     /// Whether dirty bits in entries may stand for writes that are not in the log: set before the
     /// first map by which they may, cleared when the last such entry is gone.
     dirty_bits: AtomicBool,
@@ -71,6 +73,7 @@ impl Region {
             rmap: LazyArray::new(pages as usize),
             shadows: LazyArray::new(pages as usize),
             dirty,
+            logs: AtomicBool::new(false),
             dirty_bits: AtomicBool::new(false),
             invalid: Invalid::default(),
             pins: Pins::default(),
@@ -133,6 +136,24 @@ impl Region {
         self.dirty_bits.store(used, Ordering::Release);
     }
 
+    /// Starts the log, empty; false if somebody else uses it: a backing may serve several maps.
+    pub(crate) fn start_log(&self) -> bool {
+        let claimed = self.dirty.claim();
+        if claimed {
+            self.logs.store(true, Ordering::Relaxed);
+        }
+        claimed
+    }
+
+    /// Stops the log if this region has started it.
+    pub(crate) fn stop_log(&self) {
+        // Relaxed: changes of a region's log are serialised, and its end is its last use.
+        if self.logs.swap(false, Ordering::Relaxed) {
+            self.dirty.set_enabled(false);
+            self.dirty.reset();
+        }
+    }
+
     /// Pages pinned at the moment, as often as they are.
     pub(crate) fn pinned_pages(&self) -> u64 {
         self.pins.count()
@@ -177,6 +198,12 @@ impl Region {
                 bits.fetch_and(!mask, Ordering::Release);
             }
         }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.stop_log();
     }
 }
 

@@ -113,9 +113,7 @@ impl Engine {
                 let map = self.memory.snapshot().forgetting(&slot);
                 self.publish(map, handle);
             }
-            if slot.logs_dirty() {
-                slot.region().dirty.set_enabled(false);
-            }
+            slot.region().stop_log();
             self.memory.reclaim_all(handle);
             // The quota may follow the memory's size.
             self.shrink();
@@ -152,13 +150,12 @@ impl Engine {
         self.change(refused(id), |handle| {
             let map = self.memory.snapshot();
             let old = map.by_id(id).ok_or(SlotError::NoSuchSlot(id))?;
-            let (before, log) = (old.flags(), &old.region().dirty);
+            let before = old.flags();
             if before == flags {
                 return Ok(());
             }
-            if before.dirty == DirtyMode::Off {
-                log.reset();
-                log.set_enabled(true);
+            if before.dirty == DirtyMode::Off && flags.dirty != before.dirty {
+                old.region().start_log().then_some(()).ok_or(SlotError::LogInUse(id))?;
             }
             if flags.dirty == DirtyMode::DirtyBits {
                 old.region().set_dirty_bits(true);
@@ -169,8 +166,7 @@ impl Engine {
                 self.wait_for_readers(handle);
             }
             if flags.dirty == DirtyMode::Off {
-                log.set_enabled(false);
-                log.reset();
+                old.region().stop_log();
             }
             if before.read_only && !flags.read_only {
                 // R35: what was derived from its guest tables need not have A set there.
