@@ -13,6 +13,7 @@ pub struct Counting;
 
 thread_local! {
     static LIVE: Cell<i64> = const { Cell::new(0) };
+    static PEAK: Cell<i64> = const { Cell::new(0) };
 }
 
 /// Bytes that this thread has allocated, less those that it has freed.
@@ -20,9 +21,22 @@ pub fn live() -> i64 {
     LIVE.get()
 }
 
+/// The most that [`live`] has been since [`reset_peak`].
+pub fn peak() -> i64 {
+    PEAK.get()
+}
+
+/// Forgets the peak.
+pub fn reset_peak() {
+    PEAK.set(LIVE.get());
+}
+
 fn count(bytes: i64) {
-    // A thread that is ending may have no counter any more; nobody asks it then.
-    let _ = LIVE.try_with(|live| live.set(live.get() + bytes));
+    // A thread that is ending may have no counters any more; nobody asks it then.
+    let _ = LIVE.try_with(|live| {
+        live.set(live.get() + bytes);
+        PEAK.try_with(|peak| peak.set(peak.get().max(live.get())))
+    });
 }
 
 // SAFETY: everything is passed on to the system's allocator as it came.
@@ -64,6 +78,10 @@ mod tests {
         bytes.reserve_exact(2000);
         assert_eq!(live() - before, bytes.capacity() as i64);
         std::thread::spawn(|| drop(vec![0u8; 5000])).join().unwrap();
+        let held = live();
+        reset_peak();
+        drop(vec![0u8; 5000]);
+        assert_eq!((live(), peak()), (held, held + 5000));
         drop(bytes);
         assert!((live() - before).abs() < 1000);
     }

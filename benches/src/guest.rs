@@ -108,8 +108,19 @@ impl Memory {
     ///
     /// What the engine says.
     pub fn engine(&self, frames: u64) -> Result<Mmu, Failure> {
-        let tables = Arc::new(AllocatedMemory::new(frames * PAGE));
+        self.engine_in(Arc::new(AllocatedMemory::new(frames * PAGE)))
+    }
+
+    /// An engine with this memory and all of `tables` for shadow tables.
+    ///
+    /// # Errors
+    ///
+    /// What the engine says.
+    pub fn engine_in(&self, tables: Arc<AllocatedMemory>) -> Result<Mmu, Failure> {
+        let frames = tables.size() / PAGE;
         let mmu = Mmu::new(Config::new(tables)).map_err(Failure::in_step("engine"))?;
+        // The default is a share of the memory, and guests of the bench have little.
+        mmu.set_nr_mmu_pages(frames).map_err(Failure::in_step("quota"))?;
         mmu.create_slot(self.slot()).map_err(Failure::in_step("slot"))?;
         Ok(mmu)
     }

@@ -4,12 +4,14 @@
 //! See the README of this crate for what the rows are and how they are measured.
 
 mod alloc;
+mod backing;
 mod chase;
 mod cpu;
 mod figure;
 mod guest;
 mod measure;
 mod plot;
+mod processor;
 mod regime;
 mod report;
 mod rows;

@@ -2,6 +2,7 @@
 //! Changes of the memory map beside the kernel's, each while a reader of it walks.
 
 use super::kvm::{Guest, open};
+use super::size;
 use super::threads::needs_two;
 use super::walk::{ADDRESSES, SMALL, Tables, chained};
 use crate::cpu::{tick_ns, ticks, together};
@@ -10,12 +11,13 @@ use crate::guest::PAGE;
 use crate::measure::{Effort, Samples, Variant, interleave, per_operation, undisturbed};
 use crate::regime::{Regime, Vm, Walker};
 use crate::stats::Histogram;
+use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use mmu_core::addr::{Gpa, Gva};
-use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig, SlotId};
+use mmu_core::memory::{AllocatedMemory, Backing, DirtyMode, SlotConfig, SlotFlags, SlotId};
 use serde_json::json;
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 /// Where the slots lie that nobody changes, two pages apart.
@@ -25,7 +27,37 @@ const COUNTS: [u32; 3] = [64, 509, 10_000];
 const ENGINE: [&str; 3] = ["64", "509", "10000"];
 const KERNEL: [&str; 3] = ["64, KVM", "509, KVM", "10000, KVM"];
 const IDS: [&str; 3] = ["S1.n64", "S1.n509", "S1.n10000"];
+/// Single kinds of changes, among [`COUNTS`]`[1]` slots.
+const SINGLE: [(&str, &str, [&str; 2], Change); 2] = [
+    ("S1.move", "a move among 509 slots over KVM's", ["move", "move, KVM"], Change::Move),
+    ("S1.flags", "dirty log on or off, over KVM's", ["flags", "flags, KVM"], Change::Flags),
+];
 const TAIL: &str = "S1.p999";
+const FIGURES: [&str; 10] = {
+    let ([few, more, many], [a, b, c, d]) = (IDS, size::IDS);
+    [few, more, many, TAIL, SINGLE[0].0, SINGLE[1].0, a, b, c, d]
+};
+
+/// What is done again and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    /// A slot is created, moved, deleted.
+    All,
+    /// The last of the slots that stay is moved, there and back.
+    Move,
+    /// Its dirty log is switched on and off.
+    Flags,
+}
+
+impl Change {
+    /// How many changes it is.
+    fn count(self) -> u64 {
+        match self {
+            Self::All => 3,
+            Self::Move | Self::Flags => 2,
+        }
+    }
+}
 
 /// An engine and a virtual machine of the kernel's with the same slots.
 struct Both<'m> {
@@ -35,20 +67,24 @@ struct Both<'m> {
     guest: Option<Guest<'m>>,
     gvas: Vec<Gva>,
     page: Arc<AllocatedMemory>,
-    page_words: &'m AllocatedMemory,
+    backings: &'m Backings,
 }
 
 /// What backs the slots of both.
 struct Backings {
     tables: Tables,
     others: AllocatedMemory,
-    page: AllocatedMemory,
 }
 
 impl Backings {
     fn new() -> Self {
-        let others = AllocatedMemory::new(u64::from(COUNTS[2]) * PAGE);
-        Self { tables: Tables::new(SMALL), others, page: AllocatedMemory::new(PAGE) }
+        let others = AllocatedMemory::new(u64::from(COUNTS[2] + 1) * PAGE);
+        Self { tables: Tables::new(SMALL), others }
+    }
+
+    /// The kernel's memory of a slot.
+    fn words(&self, slot: u32) -> &[AtomicU64] {
+        &self.others.words()[slot as usize * 512..(slot as usize + 1) * 512]
     }
 }
 
@@ -59,7 +95,7 @@ fn place(slot: u32) -> u64 {
 
 impl<'m> Both<'m> {
     fn new(slots: u32, backings: &'m Backings, kernel: bool) -> Result<Self, Failure> {
-        let Backings { tables, others, page } = backings;
+        let tables = &backings.tables;
         let mmu = tables.memory.engine(64)?;
         let guest = match kernel {
             true => Some(Guest::new(open().map_err(Failure::new)?, tables)?),
@@ -70,22 +106,21 @@ impl<'m> Both<'m> {
             let config = SlotConfig::new(slot, Gpa(place(slot)), memory);
             mmu.create_slot(config).map_err(Failure::in_step("slot"))?;
             if let Some(guest) = &guest {
-                let words = slot as usize * 512..(slot as usize + 1) * 512;
-                guest.set_slot(slot, place(slot), &others.words()[words])?;
+                guest.set_slot(slot, place(slot), backings.words(slot))?;
             }
         }
         let vm = Vm::new(mmu, Regime::Rcu);
         let walker = RefCell::new(Walker::new(&vm, tables.root)?);
         let gvas = tables.addresses(ADDRESSES, 1);
         let own = Arc::new(AllocatedMemory::new(PAGE));
-        Ok(Self { slots, vm, walker, guest, gvas, page: own, page_words: page })
+        Ok(Self { slots, vm, walker, guest, gvas, page: own, backings })
     }
 
     /// The engine's: nanoseconds a change, and the walker's latencies.
-    fn engine(&self, effort: &Effort) -> Result<(f64, bool, Histogram), Failure> {
+    fn engine(&self, effort: &Effort, change: Change) -> Result<(f64, bool, Histogram), Failure> {
         let mut walker = self.walker.borrow_mut();
         let (walker, vm, gvas) = (&mut *walker, &self.vm, &self.gvas[..]);
-        let (slots, page) = (self.slots, &self.page);
+        let (mmu, slots, page) = (vm.mmu(), self.slots, &self.page);
         let mut latencies = Histogram::new();
         let record = &mut latencies;
         let walk = move |stop: &AtomicBool| {
@@ -97,57 +132,82 @@ impl<'m> Both<'m> {
                 walk.ok().map(|walk| walk.gpa.0)
             })
         };
-        let create = |at| {
-            let config = SlotConfig::new(slots, Gpa(at), page.clone());
-            vm.mmu().create_slot(config).map_err(Failure::in_step("create"))
+        let (new, last) = (SlotId(slots), SlotId(slots - 1));
+        let moved = |slot, at| mmu.move_slot(slot, Gpa(at)).map_err(Failure::in_step("move"));
+        let log = |dirty| {
+            let flags = SlotFlags { dirty, ..SlotFlags::default() };
+            mmu.set_slot_flags(last, flags).map_err(Failure::in_step("flags"))
         };
-        let delete = || vm.mmu().delete_slot(SlotId(slots)).map_err(Failure::in_step("delete"));
-        let [from, to] = [place(slots), place(slots + 8)];
-        let cycle = || {
-            create(from)?;
-            // A move is both, as long as guests see neither place meanwhile.
-            delete()?;
-            create(to)?;
-            delete().map(drop)
+        let away = place(slots + 8);
+        let cycle = || match change {
+            Change::All => {
+                let config = SlotConfig::new(new.0, Gpa(place(slots)), page.clone());
+                mmu.create_slot(config).map_err(Failure::in_step("create"))?;
+                moved(new, away)?;
+                mmu.delete_slot(new).map(drop).map_err(Failure::in_step("delete"))
+            }
+            Change::Move => moved(last, away).and_then(|()| moved(last, place(last.0))),
+            Change::Flags => log(DirtyMode::WriteProtect).and_then(|()| log(DirtyMode::Off)),
         };
-        let (ns, disturbed) = beside(effort, walk, cycle)?;
-        let map = vm.mmu().memory();
+        let (ns, disturbed) = beside(effort, walk, change, cycle)?;
+        let map = mmu.memory();
         check_eq("slots", map.slots().len(), slots as usize)?;
+        let last = map.by_id(last).map(|slot| (slot.base().gpa().0, slot.logs_dirty()));
+        check_eq("the last slot", last, Some((place(slots - 1), false)))?;
         Ok((ns, disturbed, latencies))
     }
 
     /// The kernel's.
-    fn kernel(&self, effort: &Effort, guest: &Guest<'m>) -> Result<(f64, bool), Failure> {
-        let (slots, gvas, words) = (self.slots, &self.gvas[..], self.page_words.words());
+    fn kernel(
+        &self,
+        effort: &Effort,
+        guest: &Guest<'m>,
+        change: Change,
+    ) -> Result<(f64, bool), Failure> {
+        let (gvas, new, last) = (&self.gvas[..], self.slots, self.slots - 1);
         let walk = move |stop: &AtomicBool| until(stop, gvas, |gva| guest.walk(gva));
-        let [from, to] = [place(slots), place(slots + 8)];
-        let cycle = || {
-            guest.set_slot(slots, from, words)?;
-            guest.set_slot(slots, to, words)?;
-            guest.set_slot(slots, to, &words[..0])
+        let (to_new, to_last) = (self.backings.words(new), self.backings.words(last));
+        let away = place(new + 8);
+        let cycle = || match change {
+            Change::All => {
+                guest.set_slot(new, place(new), to_new)?;
+                guest.set_slot(new, away, to_new)?;
+                guest.set_slot(new, away, &to_new[..0])
+            }
+            Change::Move => {
+                guest.set_slot(last, away, to_last)?;
+                guest.set_slot(last, place(last), to_last)
+            }
+            Change::Flags => {
+                guest.set_slot_with(last, place(last), to_last, KVM_MEM_LOG_DIRTY_PAGES)?;
+                guest.set_slot(last, place(last), to_last)
+            }
         };
-        beside(effort, walk, cycle)
+        beside(effort, walk, change, cycle)
     }
 }
 
-/// Walks until told to stop.
+/// Walks until told to stop, at least one pass.
 fn until(
     stop: &AtomicBool,
     gvas: &[Gva],
     mut walk: impl FnMut(u64) -> Option<u64>,
 ) -> Result<(), Failure> {
-    while !stop.load(Ordering::Relaxed) {
+    loop {
         let found = chained(gvas, &mut walk);
         check_eq("sum of the translations", found, Some(Tables::sum(gvas)))?;
+        if stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
     }
-    Ok(())
 }
 
-/// Runs cycles of three changes for as long as a sample takes while another thread walks.
+/// Runs cycles of changes for as long as a sample takes while another thread walks.
 /// Nanoseconds a change, and whether the sample was disturbed.
 fn beside(
     effort: &Effort,
     walk: impl FnOnce(&AtomicBool) -> Result<(), Failure> + Send,
+    change: Change,
     cycle: impl Fn() -> Result<(), Failure> + Send,
 ) -> Result<(f64, bool), Failure> {
     let stop = &AtomicBool::new(false);
@@ -156,7 +216,7 @@ fn beside(
         let mut result = Ok(());
         while result.is_ok() && (changes == 0 || start.elapsed() < effort.sample) {
             result = cycle();
-            changes += 3;
+            changes += change.count();
         }
         let elapsed = start.elapsed();
         // Also if it failed, so that the walker ends.
@@ -177,7 +237,7 @@ impl Row for Slots {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["S1.n64", "S1.n509", "S1.n10000", "S1.p999"]
+        &FIGURES
     }
 
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
@@ -195,7 +255,7 @@ impl Row for Slots {
             let run = move |_| {
                 let mut latencies = Histogram::new();
                 let ns = undisturbed(|| {
-                    let (ns, disturbed, sample) = both.engine(effort)?;
+                    let (ns, disturbed, sample) = both.engine(effort, Change::All)?;
                     latencies = sample;
                     Ok((ns, disturbed))
                 })?;
@@ -204,8 +264,20 @@ impl Row for Slots {
             };
             variants.push((ENGINE[n], Box::new(run)));
             if let Some(guest) = &both.guest {
-                let run = move |_| undisturbed(|| both.kernel(effort, guest));
+                let run = move |_| undisturbed(|| both.kernel(effort, guest, Change::All));
                 variants.push((KERNEL[n], Box::new(run)));
+            }
+        }
+        let single = &both[1];
+        for (.., [engine, kernel], change) in SINGLE {
+            let run = move |_| {
+                undisturbed(|| single.engine(effort, change).map(|(ns, taken, _)| (ns, taken)))
+            };
+            variants.push((engine, Box::new(run)));
+            if let Some(guest) = &single.guest {
+                // Taken once: on a busy machine a change takes the kernel milliseconds anyway.
+                let run = move |_| Ok(single.kernel(effort, guest, change)?.0);
+                variants.push((kernel, Box::new(run)));
             }
         }
         let samples = interleave(effort, variants)?;
@@ -222,11 +294,18 @@ impl Row for Slots {
             let figure = Figure::cost(id, what, &samples, [ENGINE[n], KERNEL[n]])?;
             found.figure(figure.goal(Goal::AtMost(0.2)).detail("slots", json!(COUNTS[n])));
         }
+        for (id, what, names, _) in SINGLE {
+            found.outcomes.push(match &missing {
+                Some(reason) => Outcome::Skipped { id, reason: reason.clone() },
+                None => Outcome::Figure(Box::new(Figure::cost(id, what, &samples, names)?)),
+            });
+        }
         let [few, more, many] = tails.take().map(|mut tail: Vec<f64>| tail.split_off(1));
         let tails = Samples::from([(ENGINE[0], few), (ENGINE[1], more), (ENGINE[2], many)]);
         let what = "the walker's p99.9 while one of 509 changes";
         found.figure(Figure::plain(TAIL, what, &tails, ENGINE[1], "ns")?);
         found.plots.push(("S1: a change of the memory map", "ns", samples));
+        size::measure(effort, &mut found)?;
         for both in &both {
             both.vm.mmu().audit().map_err(Failure::in_step("audit"))?;
         }
@@ -244,13 +323,14 @@ mod tests {
         let effort = Effort { pairs: 1, sample: Duration::from_millis(1) };
         let backings = Backings::new();
         let both = Both::new(10, &backings, open().is_ok()).unwrap();
-        for _ in 0..2 {
-            let (ns, _, latencies) = both.engine(&effort).unwrap();
+        for change in [Change::All, Change::Move, Change::Flags] {
+            let before = both.vm.mmu().memory().generation();
+            let (ns, _, latencies) = both.engine(&effort, change).unwrap();
             assert!(ns > 0.0 && latencies.quantile(0.5) > 0);
+            assert!(both.vm.mmu().memory().generation() >= before + change.count(), "{change:?}");
             if let Some(guest) = &both.guest {
-                assert!(both.kernel(&effort, guest).unwrap().0 > 0.0);
+                assert!(both.kernel(&effort, guest, change).unwrap().0 > 0.0);
             }
         }
-        assert!(both.vm.mmu().memory().generation() >= 10 + 8);
     }
 }

@@ -3,6 +3,10 @@
 //!
 //! Between rounds, outside the timed part, the guest's tables are written once more with what they
 //! hold. The shadow cannot know that nothing changed and drops the leaf entries made from them.
+//!
+//! A fault also maps the neighbours of its page that the guest has used before, those whose entries
+//! are in one cache line with its own. So the guest's pages are a line apart, and a fault makes one
+//! entry; or there are neighbours, and it makes eight.
 
 use crate::cpu::thread_time;
 use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
@@ -21,29 +25,42 @@ use std::time::Duration;
 
 /// First mapped address.
 const FIRST: u64 = 0x7f00_0000_0000;
-/// Pages that are touched: four tables of the lowest level.
+/// Pages that are touched.
 const PAGES: u64 = 2048;
+/// Entries of a cache line.
+const LINE: u64 = 8;
 
-/// A guest that maps `pages` pages, and its engine.
+/// Address of a page that is touched.
+fn gva(page: u64) -> u64 {
+    FIRST + page * LINE * PAGE
+}
+
+/// A guest that maps `pages` pages to be touched, and its engine.
 struct Guest {
     memory: Memory,
     vm: Vm,
     root: u64,
     pages: u64,
+    /// Pages mapped in each line.
+    dense: u64,
     tables: Vec<u64>,
 }
 
 impl Guest {
-    fn new(pages: u64, regime: Regime) -> Result<Self, Failure> {
-        let mut memory = Memory::new(pages * PAGE + 2 * MIB, pages * PAGE);
+    fn new(pages: u64, dense: u64, regime: Regime) -> Result<Self, Failure> {
+        let data = pages * dense * PAGE;
+        let count = pages * LINE / 512;
+        let mut memory = Memory::new(data + count * PAGE + 2 * MIB, data);
         let root = memory.table();
-        let tables =
-            (0..pages / 512).map(|n| memory.leaf_table(root, FIRST + n * 2 * MIB)).collect();
+        let tables = (0..count).map(|n| memory.leaf_table(root, FIRST + n * 2 * MIB)).collect();
         for page in 0..pages {
-            memory.map(root, FIRST + page * PAGE, page * PAGE);
+            for neighbour in 0..dense {
+                let gpa = (neighbour * pages + page) * PAGE;
+                memory.map(root, gva(page) + neighbour * PAGE, gpa);
+            }
         }
-        let vm = Vm::new(memory.engine(256)?, regime);
-        Ok(Self { memory, vm, root, pages, tables })
+        let vm = Vm::new(memory.engine(count + 64)?, regime);
+        Ok(Self { memory, vm, root, pages, dense, tables })
     }
 
     /// Makes the shadow drop every leaf entry.
@@ -63,8 +80,10 @@ impl Guest {
     /// A clean audit that counts every page, and as many faults as were made.
     fn verify(&self, faults: u64) -> Result<(), Failure> {
         let audit = self.vm.mmu().audit().map_err(Failure::in_step("audit"))?;
-        check_eq("shadow entries", audit.sptes, self.pages)?;
-        check_eq("faults", self.vm.mmu().stats().pf_fixed, faults)
+        check_eq("shadow entries", audit.sptes, self.pages * self.dense)?;
+        let stats = self.vm.mmu().stats();
+        check_eq("neighbours", stats.pte_prefetched, faults * (self.dense - 1))?;
+        check_eq("faults", stats.pf_fixed, faults)
     }
 }
 
@@ -76,8 +95,8 @@ struct Faulter {
 }
 
 impl Faulter {
-    fn new(pages: u64, regime: Regime) -> Result<Self, Failure> {
-        let guest = Guest::new(pages, regime)?;
+    fn new(pages: u64, dense: u64, regime: Regime) -> Result<Self, Failure> {
+        let guest = Guest::new(pages, dense, regime)?;
         let vcpu = guest.vm.mmu().create_vcpu(Arc::new(Brief), regs(guest.root));
         let vcpu = RefCell::new(vcpu.map_err(Failure::in_step("vCPU"))?);
         let faulter = Self { guest, vcpu, faults: RefCell::new(0) };
@@ -91,7 +110,7 @@ impl Faulter {
         let (vcpu, vm) = (&mut *self.vcpu.borrow_mut(), &self.guest.vm);
         let start = thread_time();
         for page in 0..self.guest.pages {
-            let gva = Gva(FIRST + page * PAGE);
+            let gva = Gva(gva(page));
             loop {
                 match vm.exclusive(|| vcpu.fault(gva, Access::write().user())) {
                     Ok(Outcome::Fixed) => break,
@@ -136,7 +155,7 @@ struct Toucher {
 
 impl Toucher {
     fn new() -> Result<Self, Failure> {
-        let guest = Guest::new(PAGES, Regime::Rcu)?;
+        let guest = Guest::new(PAGES, 1, Regime::Rcu)?;
         let cpu = guest.vm.mmu().create_soft_vcpu(regs(guest.root));
         let cpu = RefCell::new(cpu.map_err(Failure::in_step("vCPU"))?);
         let toucher = Self { guest, cpu, stores: RefCell::new(0) };
@@ -149,7 +168,7 @@ impl Toucher {
         let (cpu, stores) = (&mut *self.cpu.borrow_mut(), &mut *self.stores.borrow_mut());
         let mut session = cpu.session();
         let mut touch = |page: u64, value: u64| {
-            let gva = Gva(FIRST + page * PAGE + page % 512 * 8);
+            let gva = Gva(gva(page) + page % 512 * 8);
             let stored = session.store(gva, &value.to_le_bytes(), true);
             stored.map_err(Failure::in_step("store"))
         };
@@ -187,19 +206,21 @@ impl Row for Single {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["F1", "F1.ns", "F1.trip", "F1.x4", "F1.x16"]
+        &["F1", "F1.ns", "F1.around", "F1.trip", "F1.x4", "F1.x16"]
     }
 
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
         let mut found = Found::default();
-        let faulters = [Regime::Rcu, Regime::Mutex].map(|regime| Faulter::new(PAGES, regime));
+        let faulters = [Regime::Rcu, Regime::Mutex].map(|regime| Faulter::new(PAGES, 1, regime));
         let [rcu, mutex] = faulters;
         let (rcu, mutex, soft) = (rcu?, mutex?, Toucher::new()?);
-        let larger =
-            [Faulter::new(4 * PAGES, Regime::Rcu)?, Faulter::new(16 * PAGES, Regime::Rcu)?];
+        let around = Faulter::new(PAGES, LINE, Regime::Rcu)?;
+        let larger = [4, 16].map(|times| Faulter::new(times * PAGES, 1, Regime::Rcu));
+        let larger = larger.into_iter().collect::<Result<Vec<_>, _>>()?;
         let variants: Vec<Variant<'_>> = vec![
             ("rcu", Box::new(|_| rcu.sample(effort))),
             ("mutex", Box::new(|_| mutex.sample(effort))),
+            ("around", Box::new(|_| around.sample(effort))),
         ];
         let samples = interleave(effort, variants)?;
         let what = "shadow fault of one vCPU, 4K, tables present";
@@ -209,6 +230,8 @@ impl Row for Single {
                 .detail("pages", json!(PAGES)),
         );
         found.figure(Figure::plain("F1.ns", "the same, absolute", &samples, "rcu", "ns")?);
+        let what = "a fault that maps seven neighbours, over one without";
+        found.figure(Figure::cost("F1.around", what, &samples, ["around", "rcu"])?);
         found.plots.push(("F1: a shadow fault", "ns", samples));
         let variants: Vec<Variant<'_>> = vec![("store", Box::new(|_| soft.sample(effort)))];
         let trips: Samples = interleave(effort, variants)?;
@@ -224,7 +247,7 @@ impl Row for Single {
         found.figure(Figure::cost("F1.x4", what, &growth, ["x4", "x1"])?);
         let what = "a fault with 16 times the pages";
         found.figure(Figure::cost("F1.x16", what, &growth, ["x16", "x1"])?);
-        for faulter in [&rcu, &mutex, &larger[0], &larger[1]] {
+        for faulter in [&rcu, &mutex, &around, &larger[0], &larger[1]] {
             faulter.verify()?;
         }
         soft.verify()?;
@@ -239,8 +262,8 @@ mod tests {
     #[test]
     fn every_round_faults_on_every_page() {
         let effort = Effort { pairs: 1, sample: Duration::from_micros(1) };
-        for regime in Regime::ALL {
-            let faulter = Faulter::new(1024, regime).unwrap();
+        for (regime, dense) in Regime::ALL.into_iter().zip([1, LINE, 1]) {
+            let faulter = Faulter::new(1024, dense, regime).unwrap();
             faulter.sample(&effort).unwrap();
             assert_eq!(*faulter.faults.borrow(), 2048);
             faulter.verify().unwrap();

@@ -45,14 +45,25 @@ impl<'m> Guest<'m> {
         Ok(guest)
     }
 
-    /// Makes, moves or (without words) deletes a memslot.
+    /// Makes, moves or (without words) deletes a memslot without a dirty log.
     pub fn set_slot(&self, slot: u32, gpa: u64, words: &'m [AtomicU64]) -> Result<(), Failure> {
+        self.set_slot_with(slot, gpa, words, 0)
+    }
+
+    /// The same with flags.
+    pub fn set_slot_with(
+        &self,
+        slot: u32,
+        gpa: u64,
+        words: &'m [AtomicU64],
+        flags: u32,
+    ) -> Result<(), Failure> {
         let region = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: gpa,
             memory_size: size_of_val(words) as u64,
             userspace_addr: words.as_ptr() as u64,
-            flags: 0,
+            flags,
         };
         // SAFETY: the memory outlives the machine (`'m`); all else uses it as atomics.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(Failure::in_step("memslot"))

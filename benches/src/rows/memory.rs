@@ -9,11 +9,10 @@ use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
 use crate::guest::{MIB, Memory, PAGE, regs};
 use crate::measure::{Effort, Samples};
 use crate::regime::Brief;
-use mmu_core::addr::{Gpa, Gva};
-use mmu_core::memory::{AllocatedMemory, SlotConfig};
+use mmu_core::addr::Gva;
+use mmu_core::memory::AllocatedMemory;
 use mmu_core::paging::Access;
 use mmu_core::shadow::Outcome;
-use mmu_core::{Config, Mmu};
 use serde_json::json;
 use std::sync::Arc;
 
@@ -42,9 +41,7 @@ fn map(pages: u64, stride: u64) -> Result<Cost, Failure> {
     let frames = span.div_ceil(2 * MIB) + span.div_ceil(1 << 30) + 64;
     let tables = Arc::new(AllocatedMemory::new(frames * PAGE));
     let start = live();
-    let mmu = Mmu::new(Config::new(tables)).map_err(Failure::in_step("engine"))?;
-    let slot = SlotConfig::new(0, Gpa(0), memory.backing());
-    mmu.create_slot(slot).map_err(Failure::in_step("slot"))?;
+    let mmu = memory.engine_in(tables)?;
     let vcpu = mmu.create_vcpu(Arc::new(Brief), regs(root));
     let mut vcpu = vcpu.map_err(Failure::in_step("vCPU"))?;
     let fixed = live() - start;

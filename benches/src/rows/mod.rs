@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The rows of the table, one module for each kind of workload.
 
+mod age;
 mod change;
 mod crowd;
 mod cycle;
 mod dirty;
 mod fault;
+mod garbage;
 mod kvm;
 mod memory;
+mod precopy;
 mod publish;
+mod size;
 mod slots;
 mod soft;
 mod threads;
 mod walk;
+mod zap;
 
 use crate::figure::Row;
 
@@ -35,7 +40,11 @@ pub fn all() -> Vec<Box<dyn Row>> {
         Box::new(soft::TlbHit),
         Box::new(change::Slots),
         Box::new(dirty::Harvest),
+        Box::new(precopy::BesideHarvest),
+        Box::new(zap::ZapAll),
+        Box::new(age::Ageing),
         Box::new(memory::Metadata),
+        Box::new(garbage::Garbage),
     ]
 }
 

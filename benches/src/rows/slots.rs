@@ -7,21 +7,18 @@
 //! size, at places that have nothing to do with the tables, in those of [`Layout::Random`]. So the
 //! misses of the entries themselves are the same in all, and few: the entries that are read fit
 //! in the second cache, most of them in the first.
-//!
-//! `unsafe` is needed to say that a part of a block of memory is memory too.
 
 use super::walk::chained;
+use crate::backing::Part;
 use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
 use crate::guest::{Memory, PAGE, regs, xorshift};
 use crate::measure::{Effort, Samples, Variant, calibrate, interleave, timed};
 use crate::regime::Walker;
 use mmu_core::addr::{Gpa, Gva};
-use mmu_core::memory::{AllocatedMemory, Backing, Hint, MemoryMap, SlotConfig};
+use mmu_core::memory::{Hint, MemoryMap, SlotConfig};
 use mmu_core::paging::PagingMode;
 use serde_json::json;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 /// A map of one slot.
 const ONE: (&str, u64) = ("1 slot", 1);
@@ -37,20 +34,6 @@ const MIDDLE: Range<u64> = SIDE..SIDE + 40_000;
 const FIRST: u64 = 0x1280_4000_0000;
 /// Addresses of a pass.
 const ADDRESSES: usize = 512;
-
-/// Part of a block of memory.
-#[derive(Debug)]
-struct Part {
-    whole: Arc<AllocatedMemory>,
-    words: Range<usize>,
-}
-
-// SAFETY: the slice is part of one that keeps the promises, and begins with a page of it.
-unsafe impl Backing for Part {
-    fn words(&self) -> &[AtomicU64] {
-        &self.whole.words()[self.words.clone()]
-    }
-}
 
 /// Where the slots are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,9 +88,8 @@ impl Guest {
     }
 
     fn slot(&self, id: u64, pages: Range<u64>) -> SlotConfig {
-        let words = (pages.start * PAGE / 8) as usize..(pages.end * PAGE / 8) as usize;
-        let part = Part { whole: self.memory.backing(), words };
-        SlotConfig::new(id as u32, Gpa(pages.start * PAGE), Arc::new(part))
+        let at = Gpa(pages.start * PAGE);
+        SlotConfig::new(id as u32, at, Part::new(self.memory.backing(), pages))
     }
 
     /// A map of `slots` slots.
