@@ -201,7 +201,7 @@ impl Mmu {
     ///
     /// [`PinError`], which names the address.
     pub fn pin_page(&self, gpa: Gpa, write: bool) -> Result<PinnedPage, PinError> {
-        let handle = self.engine.collector.register();
+        let handle = self.engine.handles.get();
         let guard = handle.pin();
         let page = self.engine.memory.load(&guard).page(gpa.gfn());
         let page = page.ok_or(PinError::NoMemory(gpa))?;
@@ -220,7 +220,7 @@ impl Mmu {
     ///
     /// [`DirtyLogError`]; nothing has been taken then.
     pub fn dirty_log(&self, id: SlotId, bitmap: &mut [u64]) -> Result<u64, DirtyLogError> {
-        let (engine, mut handle) = (&self.engine, self.engine.collector.register());
+        let (engine, mut handle) = (&self.engine, self.engine.handles.get());
         self.with_log(id, bitmap.len(), |slot| engine.harvest(slot, bitmap, &mut handle))
     }
 
@@ -232,7 +232,7 @@ impl Mmu {
     ///
     /// [`DirtyLogError`].
     pub fn peek_dirty_log(&self, id: SlotId, bitmap: &mut [u64]) -> Result<u64, DirtyLogError> {
-        let (engine, mut handle) = (&self.engine, self.engine.collector.register());
+        let (engine, mut handle) = (&self.engine, self.engine.handles.get());
         self.with_log(id, bitmap.len(), |slot| engine.peek_dirty(slot, bitmap, &mut handle))
     }
 
@@ -251,7 +251,7 @@ impl Mmu {
         bitmap: &[u64],
     ) -> Result<u64, DirtyLogError> {
         let last = bitmap.iter().rposition(|bits| *bits != 0);
-        let (engine, handle) = (&self.engine, self.engine.collector.register());
+        let (engine, handle) = (&self.engine, self.engine.handles.get());
         self.with_log(id, usize::MAX, |slot| {
             let end = last.map_or(Some(first_page), |word| {
                 let bits = 64 - bitmap[word].leading_zeros();
@@ -274,7 +274,7 @@ impl Mmu {
     /// [`DirtyLogError::WouldDeadlock`].
     pub fn reset_dirty_pages(&self, pages: &[DirtyPage]) -> Result<u64, DirtyLogError> {
         self.engine.may_wait()?;
-        let handle = self.engine.collector.register();
+        let handle = self.engine.handles.get();
         Ok(self.engine.reset_dirty(&self.engine.memory.snapshot(), pages, &handle))
     }
 
@@ -300,7 +300,7 @@ impl Mmu {
     /// Writes guest-physical memory for a device: tells the shadow and the dirty log. Returns how
     /// many bytes could be written before the first one without memory.
     pub fn write_phys(&self, gpa: Gpa, bytes: &[u8]) -> usize {
-        let handle = self.engine.collector.register();
+        let handle = self.engine.handles.get();
         let guard = handle.pin();
         let map = self.engine.memory.load(&guard);
         self.engine.write_phys(&self.engine.stats, &guard, map, None, gpa, bytes)
@@ -310,7 +310,7 @@ impl Mmu {
     /// the VMM's own mapping: what was derived from guest page tables there is dropped. Until then it
     /// is stale, as a processor's translations are.
     pub fn note_write(&self, gpa: Gpa, len: u64) {
-        let handle = self.engine.collector.register();
+        let handle = self.engine.handles.get();
         let guard = handle.pin();
         let map = self.engine.memory.load(&guard);
         let end = gpa.0.saturating_add(len).min(1 << PHYSICAL_BITS);
@@ -470,7 +470,7 @@ impl Mmu {
     ///
     /// The first [`Disagreement`].
     pub fn audit(&self) -> Result<AuditReport, Disagreement> {
-        let handle = self.engine.collector.register();
+        let handle = self.engine.handles.get();
         let guard = handle.pin();
         self.engine.audit(&guard)
     }

@@ -174,6 +174,12 @@ impl DirtyLog {
         }
     }
 
+    /// The words below `end` that have bits set, by a Relaxed look.
+    pub(crate) fn set_words(&self, end: usize) -> impl Iterator<Item = usize> {
+        let words = self.0.words.iter_range(0..end);
+        words.filter(|(_, bits)| bits.load(Ordering::Relaxed) != 0).map(|(word, _)| word)
+    }
+
     /// 64 pages' bits, left as they are.
     pub(crate) fn peek(&self, word: usize) -> u64 {
         // Acquire pairs with the Release of the marks: what they are for is seen.

@@ -21,7 +21,7 @@ impl Engine {
         clear: bool,
         mut report: impl FnMut(&Slot, u64, u64),
     ) -> Result<u64, RangeError> {
-        let handle = self.collector.register();
+        let handle = self.handles.get();
         let mut young = 0;
         for (slot, pages) in self.pages_in(&self.memory.snapshot(), range)? {
             let mut next = pages.start;

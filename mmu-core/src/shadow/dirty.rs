@@ -21,12 +21,11 @@ impl Engine {
         bitmap.fill(0);
         self.report_pins(slot, bitmap);
         self.gather(slot, handle);
-        let mut pages = 0;
         let mut protected = false;
-        for (word, out) in bitmap.iter_mut().enumerate() {
+        // A bit that this misses is set later than the harvest began.
+        for word in slot.region().dirty.set_words(bitmap.len()) {
             let taken = slot.region().dirty.clear(word, within(slot, word));
-            *out |= taken;
-            pages += u64::from(out.count_ones());
+            bitmap[word] |= taken;
             if taken != 0 {
                 self.protect_word(slot, word, taken, handle);
                 protected = true;
@@ -35,7 +34,7 @@ impl Engine {
         if protected {
             self.wait_acknowledged(self.flush.cover());
         }
-        pages
+        bitmap.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
     /// The slot's dirty bits, left as they are: [`Engine::clear_dirty`] comes later.

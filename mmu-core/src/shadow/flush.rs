@@ -92,7 +92,8 @@ pub(crate) mod request {
     pub(crate) const EXIT: u32 = 1 << 1;
 }
 
-/// What other threads see of a vCPU.
+/// What other threads see of a vCPU; in cache lines of its own.
+#[repr(align(128))]
 pub(crate) struct VcpuState {
     mode: AtomicU32,
     requests: AtomicU32,

@@ -117,7 +117,7 @@ impl Engine {
         // R7: the range first, fence, then entries, pending ones included. Pairs with the fence of a
         // fault between its link and its second look at the range.
         fence(Ordering::SeqCst);
-        let handle = self.collector.register();
+        let handle = self.handles.get();
         let mut settled = self.flush.cover();
         for (slot, pages) in &invalidation.stretches {
             settled = self.for_mapped(slot, pages.clone(), &handle, |guard, page, narrowing| {
@@ -144,7 +144,7 @@ impl Engine {
         }
         // R7, as in `invalidate`.
         fence(Ordering::SeqCst);
-        let handle = self.collector.register();
+        let handle = self.handles.get();
         if writable {
             // R35: what was derived from guest tables in it need not have A set there.
             for (slot, pages) in &stretches {

@@ -52,7 +52,7 @@ pub(crate) use stats::Stats;
 
 use crate::addr::{ENTRIES, Gva, INDEX_BITS, LEVELS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
-use crate::sync::epoch::{Collector, Guard, Handle};
+use crate::sync::epoch::{Collector, Guard, Handle, Pool};
 use crate::sync::{AtomicU64, ConcurrentMap, Mutex, Ordering, fence, hint, lock, unique};
 use core::cell::Cell;
 use flush::{Flush, Narrowing};
@@ -66,6 +66,8 @@ use std::sync::Arc;
 pub(crate) struct Engine {
     pub(crate) memory: Memory,
     pub(crate) collector: Collector,
+    /// For calls that belong to no vCPU.
+    pub(crate) handles: Pool,
     pub(crate) flush: Flush,
     frames: Arc<Frames>,
     /// Live shadow pages by (gfn, role).
@@ -124,6 +126,7 @@ impl Engine {
     ) -> Self {
         Self {
             memory: Memory::new(),
+            handles: Pool::new(collector.clone()),
             collector,
             flush: Flush::new(),
             frames: Arc::new(Frames::new(tables)),

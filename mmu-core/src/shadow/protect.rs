@@ -143,7 +143,7 @@ impl Engine {
     pub(crate) fn synchronize(&self) -> Result<(), WouldDeadlock> {
         self.may_wait()?;
         // Narrowings run in read sections: after this they have recorded everything.
-        self.wait_for_readers(&mut self.collector.register());
+        self.wait_for_readers(&mut self.handles.get());
         self.wait_acknowledged(self.flush.cover());
         Ok(())
     }

@@ -117,7 +117,7 @@ impl Engine {
 
     /// Frees what can be freed.
     pub(crate) fn maintain(&self) {
-        let handle = self.collector.register();
+        let handle = self.handles.get();
         let mut guard = handle.pin();
         self.sweep_rest(&mut guard);
         self.reclaim(&guard);
@@ -160,7 +160,18 @@ impl Engine {
     fn reclaim(&self, guard: &Guard<'_>) -> Option<Generation> {
         guard.flush();
         // R04, R29: not before every processor has forgotten the frame.
-        self.frames.reclaim(|g| !rule!(R04) || self.flush.drained(g, false))
+        // One look at the vCPUs for each generation, and none for what an answer implies.
+        let (mut drained, mut waiting) = (Generation(0), Generation(u64::MAX));
+        self.frames.reclaim(|generation| {
+            if generation > drained && generation < waiting {
+                if self.flush.drained(generation, false) || !rule!(R04) {
+                    drained = generation;
+                } else {
+                    waiting = generation;
+                }
+            }
+            generation <= drained
+        })
     }
 
     /// Whether a fault that was short of frames should try again. `kick` as in
@@ -225,7 +236,7 @@ impl Engine {
     /// Tears down pages until there are no more than there may be: for who has made the quota much
     /// smaller. Else the next fault would do it, a few pages and a grace period at a time.
     pub(super) fn shrink(&self) {
-        let handle = self.collector.register();
+        let handle = self.handles.get();
         let mut guard = handle.pin();
         self.sweep_rest(&mut guard);
         let mut rounds = 2 * u64::from(self.frames.high_water());

@@ -53,7 +53,7 @@ impl Engine {
         }
         let _writer = lock(&self.writer);
         self.wait_for_invalidations();
-        change(&mut self.collector.register())
+        change(&mut self.handles.get())
     }
 
     /// Publishes a map. When the MMIO entries' generations begin anew, every such entry goes (R9):

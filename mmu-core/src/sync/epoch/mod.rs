@@ -17,3 +17,67 @@ mod model;
 pub use crossbeam::{Collector, Guard, Handle};
 #[cfg(loom)]
 pub use model::{Collector, Guard, Handle};
+
+use core::fmt;
+use core::ops::{Deref, DerefMut};
+
+/// Registered readers for threads that come now and then. A reader registered for each call would
+/// leave some kilobytes behind for as long as another stands still in its section.
+pub(crate) struct Pool {
+    collector: Collector,
+    // Whoever gets a handle has it alone; the pool is no part of any protocol, and no model's.
+    free: std::sync::Mutex<Vec<Handle>>,
+}
+
+impl Pool {
+    pub(crate) fn new(collector: Collector) -> Self {
+        Self { collector, free: std::sync::Mutex::new(Vec::new()) }
+    }
+
+    /// A handle for one call.
+    pub(crate) fn get(&self) -> Pooled<'_> {
+        let free = self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop();
+        let handle = free.unwrap_or_else(|| self.collector.register());
+        Pooled { handle: Some(handle), pool: self }
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pool")
+    }
+}
+
+/// A handle that goes back to its pool.
+#[derive(Debug)]
+pub(crate) struct Pooled<'p> {
+    /// `Some` until it is dropped.
+    handle: Option<Handle>,
+    pool: &'p Pool,
+}
+
+impl Deref for Pooled<'_> {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        self.handle.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl DerefMut for Pooled<'_> {
+    fn deref_mut(&mut self) -> &mut Handle {
+        self.handle.as_mut().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Pooled<'_> {
+    fn drop(&mut self) {
+        let Some(handle) = self.handle.take() else { return };
+        // Two threads of a model would use one handle without a modelled step between them.
+        if !cfg!(loom) {
+            // What waits in its bag must not wait for its next use.
+            handle.pin().flush();
+            self.pool.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(handle);
+        }
+    }
+}
