@@ -24,6 +24,7 @@ mod flush;
 mod frames;
 mod host;
 mod location;
+mod make;
 mod mmio;
 mod protect;
 mod reclaim;
