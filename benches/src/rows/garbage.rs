@@ -181,10 +181,10 @@ impl Row for Garbage {
         let mut found = Found::default();
         let storm = Setup::new()?.storm(effort.sample * 30)?;
         let calm = Setup::new()?.calm(storm.created)?;
-        // The writer that waits has retired one map more, and holds what it waits with: less than
-        // another.
+        // The writer that waits has retired one map more; at the peak another is in the making, in two
+        // copies of what changes.
         let each = calm.retired / MAX_OLD_MAPS as i64;
-        let limit = calm.retired + 2 * each;
+        let limit = calm.retired + 3 * each;
         let samples = Samples::from([("retired", vec![storm.garbage as f64])]);
         let what = "bytes not freed, a reader stands, slots are made";
         found.figure(
