@@ -57,6 +57,15 @@ fn faults_of_the_guest_are_the_guests() {
     guest.map(Gva(0x8000), Gpa(0x8000), RWU);
     assert_eq!(reason(s.store(Gva(0x8ffc), &[0xff; 8], true)), Reason::NotPresent);
     assert_eq!(guest.read(Gpa(0x8ff8)), 0);
+    // The fault is that of the first page that has one, at its first byte of the access.
+    let at = |result: Result<(), SoftExit>| match result {
+        Err(SoftExit::Fault(fault)) => fault.gva,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(at(s.store(Gva(0x8ffc), &[0xff; 8], true)), Gva(0x9000));
+    assert_eq!(at(s.load(Gva(0x8ffd), &mut [0; 8], true)), Gva(0x9000));
+    assert_eq!(at(s.store(Gva(0xaffc), &[0xff; 8], true)), Gva(0xaffc));
+    assert_eq!(at(s.load(Gva(0x7fff), &mut [0; 2], true)), Gva(0x7fff));
     drop(s);
     guest.audit();
 }
@@ -528,5 +537,20 @@ fn neighbours_in_a_large_page_are_mapped_at_once_and_are_not_young() {
     assert_eq!((load(&mut cpu, 0x4000_5000), guest.read(Gpa(0x20_0000))), (7, 8));
     assert_eq!(guest.mmu.test_young(range, |_, _, _| ()), Ok(2));
     assert_eq!(guest.mmu.stats().pf_fixed, 1);
+    guest.audit();
+}
+
+/// The other privilege's write sets D in a large entry that this one has linked for reading only.
+#[test]
+fn a_dirty_bit_set_through_another_tree_is_no_disagreement() {
+    let guest = Guest::new(8 * MIB, 6 * MIB, 256, false);
+    let at = guest.entry(guest.root, Gva(0x4000_0000), 2);
+    guest.write(at, 0x20_0000 | RWU | bits::PS);
+    let mut cpu = guest.vcpu();
+    assert_eq!(cpu.session().load_u64(Gva(0x4000_0000), false), Ok(0));
+    store(&mut cpu, 0x4000_0000, 7);
+    guest.audit();
+    assert_eq!(cpu.session().store(Gva(0x4000_0000), &[8], false), Ok(()));
+    assert_eq!(load(&mut cpu, 0x4000_0000), 8);
     guest.audit();
 }

@@ -255,15 +255,17 @@ impl Audit<'_> {
         };
         let large = guest & bits::PS != 0 && matches!(role.level(), 2 | 3);
         let rights = child_role(role, guest);
-        let expected = if large {
-            let write = may_write(rights) && guest & bits::D != 0;
-            let role = role.child(write, rights.user(), rights.executes()).direct();
+        let fits = if large {
             let pages = (1u64 << covered) - 1;
-            Key::new(Gfn((guest & bits::ADDR) >> PAGE_SHIFT & !pages), role)
+            let gfn = Gfn((guest & bits::ADDR) >> PAGE_SHIFT & !pages);
+            let through = |write| role.child(write, rights.user(), rights.executes()).direct();
+            let write = may_write(rights) && guest & bits::D != 0;
+            // D may have been set since, through another tree or by the emulator.
+            below == Key::new(gfn, through(false)) || write && below == Key::new(gfn, through(true))
         } else {
-            Key::new(Gfn((guest & bits::ADDR) >> PAGE_SHIFT), rights)
+            below == Key::new(Gfn((guest & bits::ADDR) >> PAGE_SHIFT), rights)
         };
-        (below != expected).then_some("points at a page for another table or role")
+        (!fits).then_some("points at a page for another table or role")
     }
 
     fn leaf(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {

@@ -179,11 +179,8 @@ impl Session<'_> {
     /// [`SoftExit`]; nothing has been written then.
     pub fn store(&mut self, gva: Gva, bytes: &[u8], user: bool) -> Result<(), SoftExit> {
         let access = Access { user, ..Access::write() };
-        let last = gva.wrapping_add(bytes.len().saturating_sub(1) as u64);
-        if gva.page() != last.page() {
-            // No part is written before the fault of a later part is known.
-            self.touch(last, access)?;
-        }
+        // No part is written before the fault of a later part is known.
+        self.touch(gva, bytes.len(), access)?;
         let mut done = 0;
         while done < bytes.len() {
             let at = gva.wrapping_add(done as u64);
@@ -258,10 +255,7 @@ impl Session<'_> {
     ///
     /// [`SoftExit`]; nothing has been read then.
     pub fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), SoftExit> {
-        let last = gva.wrapping_add(buf.len().saturating_sub(1) as u64);
-        if gva.page() != last.page() {
-            self.touch(last, access)?;
-        }
+        self.touch(gva, buf.len(), access)?;
         let mut done = 0;
         while done < buf.len() {
             let at = gva.wrapping_add(done as u64);
@@ -274,9 +268,22 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Makes the access's translation without the access.
-    fn touch(&mut self, gva: Gva, access: Access) -> Result<(), SoftExit> {
-        self.translate(gva, access).map(drop)
+    /// Makes the translations of an access that crosses a page, in ascending order: a fault is that of
+    /// the first page that has one, at its first byte of the access (SDM vol. 3, 5.7).
+    #[inline]
+    fn touch(&mut self, gva: Gva, len: usize, access: Access) -> Result<(), SoftExit> {
+        let last = gva.wrapping_add(len.saturating_sub(1) as u64);
+        if gva.page() == last.page() {
+            return Ok(());
+        }
+        let mut at = gva;
+        loop {
+            self.translate(at, access)?;
+            if at.page() == last.page() {
+                return Ok(());
+            }
+            at = at.page().wrapping_add(PAGE_SIZE);
+        }
     }
 
     /// The aligned word around `gva`, read or fetched.
