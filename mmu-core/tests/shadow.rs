@@ -554,3 +554,23 @@ fn a_dirty_bit_set_through_another_tree_is_no_disagreement() {
     assert_eq!(load(&mut cpu, 0x4000_0000), 8);
     guest.audit();
 }
+
+/// CR3 comes to name a page that is mapped writable: until something is derived from it, it may be.
+#[test]
+fn a_new_root_protects_its_table_when_it_is_filled() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    guest.map(Gva(0x1000), Gpa(0x5000), RWU);
+    let mut cpu = guest.vcpu();
+    store(&mut cpu, 0x1000, 0);
+    let mut other = guest.mmu.create_soft_vcpu(Regs::long_mode(0x5000)).unwrap();
+    assert_eq!(reason(other.session().load(Gva(0x1000), &mut [0], true)), Reason::NotPresent);
+    guest.audit();
+    // The page becomes the other's tables, through the first's mapping.
+    store(&mut cpu, 0x1000, guest.read(guest.root));
+    assert_eq!(load(&mut other, 0x1000), guest.read(Gpa(0x5000)));
+    guest.audit();
+    store(&mut cpu, 0x1000, 0);
+    other.session().invlpg(Gva(0x1000));
+    assert_eq!(reason(other.session().load(Gva(0x1000), &mut [0], true)), Reason::NotPresent);
+    guest.audit();
+}

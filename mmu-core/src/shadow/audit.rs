@@ -7,7 +7,7 @@ use super::role::Key;
 use super::spte::Spte;
 use super::{Engine, Role};
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, PAGE_SHIFT};
-use crate::memory::{DirtyMode, Hint, MemoryMap};
+use crate::memory::{DirtyMode, Hint, MemoryMap, Page};
 use crate::paging::bits;
 use crate::sync::epoch::Guard;
 use crate::sync::{LocationSet, Ordering};
@@ -307,7 +307,7 @@ impl Audit<'_> {
             Some("is writable, the guest's entries are not")
         } else if !dirty {
             Some("is writable, the guest's entry is not dirty")
-        } else if page.region().is_shadowed(page.index) {
+        } else if self.is_protected_table(page) {
             Some("is writable, but maps a shadowed guest table")
         } else if !page.is_writable() {
             Some("is writable, but the slot or the host forbids it")
@@ -316,6 +316,19 @@ impl Audit<'_> {
         } else {
             None
         }
+    }
+
+    /// Whether something may be derived from the page as a guest table. A shadow of it that was found
+    /// by its root alone, and not filled yet, has not protected it yet (R1).
+    fn is_protected_table(&self, page: Page<'_>) -> bool {
+        let mut protected = false;
+        if let Some(shadows) = page.region().shadows.get(page.index) {
+            shadows.for_each(|frame| {
+                let shadow = self.engine.frames.page(FrameId((frame - 1) as u32));
+                protected |= shadow.protected.load(Ordering::Relaxed) == PROTECTED.0;
+            });
+        }
+        protected
     }
 
     /// An entry that says that there is no memory, if it is of this map.
