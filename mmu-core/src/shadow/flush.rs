@@ -451,7 +451,10 @@ impl Cursor {
         // The generation first: records of a later one may be missed. Acquire pairs with the AcqRel
         // in `advance` and `drained`, the fence with those in `advance` and `next`.
         let generation = flush.now();
-        fence(Ordering::SeqCst);
+        // R29: a table that was torn down waits for a generation that others may count up.
+        if rule!(R29) {
+            fence(Ordering::SeqCst);
+        }
         let mut whole = true;
         let mut some = false;
         for ((log, position), read) in
@@ -641,5 +644,51 @@ mod tests {
         let now = a.drain(&flush, |_| ());
         a.drained_inside(now);
         assert!(flush.drained(generation, false));
+    }
+}
+
+/// The fences of a generation that somebody else counts up: run by `cargo loom`.
+#[cfg(all(test, loom))]
+mod model {
+    use super::*;
+    use crate::sync::rules;
+
+    struct Still;
+    impl Processor for Still {
+        fn kick(&self) {}
+    }
+
+    fn a_torn_down_table_meets_a_drain() {
+        let flush = Arc::new(Flush::new());
+        let (_, mut cursor) = flush.join(Arc::new(Still));
+        let (one, two) = (Arc::clone(&flush), Arc::clone(&flush));
+        let tears_down = loom::thread::spawn(move || {
+            let mut narrowing = one.narrow();
+            narrowing.frame(FrameId(1));
+            narrowing.finish()
+        });
+        let counts_up = loom::thread::spawn(move || two.advance());
+        let mut told = false;
+        let drained = cursor.drain(&flush, |_| told = true);
+        let waits_for = tears_down.join().unwrap();
+        counts_up.join().unwrap();
+        assert!(told || drained < waits_for, "R29: drained, and not told");
+    }
+
+    fn explore() {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(a_torn_down_table_meets_a_drain);
+    }
+
+    #[test]
+    fn r29_torn_down_table_meets_a_drain() {
+        explore();
+    }
+
+    #[test]
+    #[should_panic(expected = "R29:")]
+    fn r29_torn_down_table_meets_a_drain_mutant() {
+        rules::without("R29", explore);
     }
 }
