@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The VM-wide handle.
 
-use crate::addr::{ENTRIES, Gfn, Gpa, PAGE_SIZE, PHYSICAL_BITS};
+use crate::addr::{ENTRIES, Gfn, Gpa, LEVELS, PAGE_SIZE, PHYSICAL_BITS};
 use crate::memory::{
     Alias, AliasError, Backing, DirtyPage, MemoryMap, PinnedPage, Slot, SlotConfig, SlotError,
     SlotFlags, SlotId,
@@ -10,7 +10,7 @@ use crate::mmio::Bus;
 use crate::paging::Regs;
 use crate::shadow::{
     AuditReport, Disagreement, Engine, Invalidation, MIN_FRAMES, PageRange, Processor, QuotaError,
-    RangeError, Release, StatsSnapshot,
+    RangeError, Release, Shape, StatsSnapshot, shift,
 };
 use crate::sync::epoch::Collector;
 use crate::sync::{Mark, Ordering, WouldDeadlock, fence};
@@ -29,15 +29,39 @@ pub struct Config {
     /// An entry of every root table that belongs to the consumer: (index, value). The engine puts
     /// the value there and leaves it alone; guests cannot use that part of the address space.
     pub reserved_root_entry: Option<(usize, u64)>,
+    /// Levels of the shadow tables: 4, or 5 where the consumer's processor runs with CR4.LA57. Guests
+    /// with 5-level paging need 5.
+    pub levels: u8,
+    /// Bytes of the largest page that the consumer's processor can map: 4 KiB, 2 MiB or 1 GiB.
+    pub largest_page: u64,
     /// The reclaimer.
     pub collector: Collector,
 }
 
 impl Config {
-    /// An engine with these tables and no reserved entry.
+    /// An engine with these tables, in 4 levels with pages of up to 1 GiB (a model's: 4 KiB), and no
+    /// reserved entry.
     #[must_use]
     pub fn new(tables: Arc<dyn Backing>) -> Self {
-        Self { tables, reserved_root_entry: None, collector: Collector::new() }
+        Self {
+            tables,
+            reserved_root_entry: None,
+            levels: LEVELS,
+            largest_page: if cfg!(loom) { PAGE_SIZE } else { 1 << 30 },
+            collector: Collector::new(),
+        }
+    }
+
+    /// The same with shadow tables of so many levels, 4 or 5.
+    #[must_use]
+    pub fn levels(self, levels: u8) -> Self {
+        Self { levels, ..self }
+    }
+
+    /// The same with pages of so many bytes at most: 4 KiB, 2 MiB or 1 GiB.
+    #[must_use]
+    pub fn largest_page(self, bytes: u64) -> Self {
+        Self { largest_page: bytes, ..self }
     }
 
     /// The same with an entry of every root that belongs to the consumer.
@@ -60,6 +84,12 @@ pub enum ConfigError {
     /// The machine address of the tables is not a page or above 52 bits.
     #[error("the tables' machine address {0:#x} is misaligned or above 52 bits")]
     BadMachineAddress(u64),
+    /// No processor has tables of so many levels.
+    #[error("{0} levels of shadow tables: there are 4 or 5")]
+    BadLevels(u8),
+    /// No processor has pages of that size.
+    #[error("{0:#x} bytes are no page size: 4 KiB, 2 MiB and 1 GiB are")]
+    BadPageSize(u64),
     /// The reserved entry is not one of a root's.
     #[error("reserved root entry {0}: a root has {ENTRIES} entries")]
     BadReservedEntry(usize),
@@ -98,7 +128,8 @@ impl Mmu {
     ///
     /// [`ConfigError`], which names the value.
     pub fn new(config: Config) -> Result<Self, ConfigError> {
-        let Config { tables, reserved_root_entry, collector } = config;
+        let Config { tables, reserved_root_entry: reserved, levels, largest_page, collector } =
+            config;
         let frames = tables.size() / PAGE_SIZE;
         if frames < MIN_TABLE_FRAMES {
             return Err(ConfigError::TooFewFrames { frames });
@@ -108,11 +139,16 @@ impl Mmu {
         if machine.page_offset() != 0 || end.is_none_or(|end| end > 1 << 52) {
             return Err(ConfigError::BadMachineAddress(machine.0));
         }
-        if let Some((index, _)) = reserved_root_entry.filter(|(index, _)| *index >= ENTRIES) {
+        if !(LEVELS..=LEVELS + 1).contains(&levels) {
+            return Err(ConfigError::BadLevels(levels));
+        }
+        let largest = (1..=3).find(|level| 1 << shift(*level) == largest_page);
+        let largest = largest.ok_or(ConfigError::BadPageSize(largest_page))?;
+        if let Some((index, _)) = reserved.filter(|(index, _)| *index >= ENTRIES) {
             return Err(ConfigError::BadReservedEntry(index));
         }
         let bus = Arc::new(Bus::new());
-        let engine = Arc::new(Engine::new(tables, reserved_root_entry, collector));
+        let engine = Arc::new(Engine::new(tables, Shape { levels, largest, reserved }, collector));
         Ok(Self { engine, bus })
     }
 

@@ -38,10 +38,16 @@ impl Invalid {
     /// Whether the page may not be mapped now. May say so of pages between two ranges.
     #[inline]
     pub(crate) fn covers(&self, page: usize) -> bool {
+        self.touches(page..page + 1)
+    }
+
+    /// Whether one of the pages may not be mapped now.
+    #[inline]
+    pub(crate) fn touches(&self, pages: Range<usize>) -> bool {
         // Acquire pairs with `begin` and `end`.
         self.active.load(Ordering::Acquire) > 0
-            && (page as u64) >= self.first.load(Ordering::Relaxed)
-            && (page as u64) < self.end.load(Ordering::Relaxed)
+            && (pages.end as u64) > self.first.load(Ordering::Relaxed)
+            && (pages.start as u64) < self.end.load(Ordering::Relaxed)
     }
 }
 

@@ -337,6 +337,20 @@ impl MemoryMap {
         Some(Page { slot: &place.slot, index: place.first() + offset as usize })
     }
 
+    /// The first page of the aligned block of `pages` (a power of two) around the frame, if one slot
+    /// has it all at machine addresses that are aligned as well.
+    pub(crate) fn block(&self, gfn: Gfn, pages: u64) -> Option<Page<'_>> {
+        self.life.check();
+        let (range, place) = self.places.range_of(gfn.0)?;
+        let first = gfn.0 & !(pages - 1);
+        if first < range.start || first + pages > range.end {
+            return None;
+        }
+        let page =
+            Page { slot: &place.slot, index: place.first() + (first - range.start) as usize };
+        (page.machine().0 >> PAGE_SHIFT & (pages - 1) == 0).then_some(page)
+    }
+
     /// The stretches of slots in a range of guest frames: what they are, and their page indices.
     pub(crate) fn stretches(
         &self,

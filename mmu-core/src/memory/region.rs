@@ -7,7 +7,7 @@
 use super::backing::{Backing, PAGE_WORDS};
 use super::pin::Pins;
 use super::{DirtyLog, Invalid, SlotError, SlotId};
-use crate::addr::{Hva, Machine, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_BITS};
+use crate::addr::{Hva, INDEX_BITS, Machine, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_BITS};
 use crate::sync::{AtomicBool, AtomicU64, LazyArray, LocationSet, Ordering};
 use core::fmt;
 use core::ops::Range;
@@ -18,9 +18,13 @@ use std::sync::Arc;
 pub(crate) struct Region {
     /// Shadow entries that map the page.
     pub(crate) rmap: LazyArray<LocationSet>,
+    /// The same for entries that map a whole block: of the sizes of levels 2 and 3.
+    large: [LazyArray<LocationSet>; 2],
     /// Shadow pages that shadow the page as a guest page table. While there is one the page must
     /// not be writable.
     pub(crate) shadows: LazyArray<LocationSet>,
+    /// How many there are in each block, or more: while there is one the block is not mapped whole.
+    tables: [LazyArray<AtomicU64>; 2],
     pub(crate) dirty: DirtyLog,
     /// Whether this region has started its log.
     logs: AtomicBool,
@@ -71,7 +75,9 @@ impl Region {
         let words = NonNull::from(&backing.words()[..pages as usize * PAGE_WORDS]);
         Ok(Self {
             rmap: LazyArray::new(pages as usize),
+            large: core::array::from_fn(|i| LazyArray::new(blocks(machine, pages, i))),
             shadows: LazyArray::new(pages as usize),
+            tables: core::array::from_fn(|i| LazyArray::new(blocks(machine, pages, i))),
             dirty,
             logs: AtomicBool::new(false),
             dirty_bits: AtomicBool::new(false),
@@ -171,10 +177,117 @@ impl Region {
         self.shadows.get(index).is_some_and(|shadows| !shadows.is_empty())
     }
 
+    /// Which block of the size that a leaf at `level` (2 or 3) maps has the page.
+    fn block(&self, level: u8, index: usize) -> usize {
+        let shift = INDEX_BITS * (u32::from(level) - 1);
+        let first = self.machine.0 >> PAGE_SHIFT;
+        (((first + index as u64) >> shift) - (first >> shift)) as usize
+    }
+
+    /// Entries at this level that map the page.
+    pub(crate) fn rmap_at(&self, level: u8, index: usize) -> &LocationSet {
+        match level {
+            1 => self.rmap.get_or_alloc(index),
+            _ => self.large[usize::from(level) - 2].get_or_alloc(self.block(level, index)),
+        }
+    }
+
+    /// The same if there may be any.
+    pub(crate) fn rmap_if_any(&self, level: u8, index: usize) -> Option<&LocationSet> {
+        let rmap = match level {
+            1 => self.rmap.get(index),
+            _ => self.large[usize::from(level) - 2].get(self.block(level, index)),
+        };
+        rmap.filter(|rmap| !rmap.is_empty())
+    }
+
+    /// The blocks that may be mapped whole and that these pages are part of: each with its level and
+    /// the pages of the region in it.
+    pub(crate) fn mapped_blocks(
+        &self,
+        pages: Range<usize>,
+    ) -> impl Iterator<Item = (u8, Range<usize>, &LocationSet)> {
+        [2, 3].into_iter().flat_map(move |level: u8| {
+            let (from, to) = match pages.is_empty() {
+                true => (0, 0),
+                false => (self.block(level, pages.start), self.block(level, pages.end - 1) + 1),
+            };
+            let found = self.large[usize::from(level) - 2].iter_range(from..to);
+            let mapped = found.filter(|(_, rmap)| !rmap.is_empty());
+            mapped.map(move |(block, rmap)| (level, self.pages_of(level, block), rmap))
+        })
+    }
+
+    /// Whether nobody hinders that a block from page `first` on is mapped whole by a leaf at `level`,
+    /// for reads or for writes. Relaxed loads: the caller orders them (R7, R20).
+    pub(crate) fn allows_block(&self, level: u8, first: usize) -> bool {
+        let pages = first..first + (1 << (INDEX_BITS * (u32::from(level) - 1)));
+        let tables = self.tables[usize::from(level) - 2].get(self.block(level, first));
+        tables.is_none_or(|tables| tables.load(Ordering::Relaxed) == 0)
+            && !self.invalid.touches(pages.clone())
+            && !self.has_host_read_only(pages)
+    }
+
+    /// The page becomes a guest table with this shadow.
+    pub(crate) fn add_shadow(&self, index: usize, shadow: u64) {
+        for level in [2, 3] {
+            let tables = &self.tables[usize::from(level) - 2];
+            // Relaxed: the fence of `ensure_protected` orders it (R20).
+            tables.get_or_alloc(self.block(level, index)).fetch_add(1, Ordering::Relaxed);
+        }
+        self.shadows.get_or_alloc(index).add(shadow);
+    }
+
+    /// The shadow is gone.
+    pub(crate) fn remove_shadow(&self, index: usize, shadow: u64) {
+        let removed = self.shadows.get(index).is_some_and(|shadows| shadows.remove(shadow));
+        for level in [2, 3].into_iter().filter(|_| removed) {
+            let tables = &self.tables[usize::from(level) - 2];
+            // Release: who maps the block whole sees the shadow gone.
+            tables.get_or_alloc(self.block(level, index)).fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// A block whose count of shadows is not the number of shadows of its pages: the level of the leaf
+    /// that would map it, its first page in the region, and the count.
+    pub(crate) fn miscounted(&self) -> Option<(u8, usize, u64)> {
+        [2, 3].into_iter().find_map(|level| {
+            self.tables[usize::from(level) - 2].iter().find_map(|(block, counted)| {
+                let pages = self.pages_of(level, block);
+                let mut shadows = 0;
+                for (_, set) in self.shadows.iter_range(pages.clone()) {
+                    set.for_each(|_| shadows += 1);
+                }
+                let counted = counted.load(Ordering::Relaxed);
+                (counted != shadows).then_some((level, pages.start, counted))
+            })
+        })
+    }
+
+    /// The pages of the region in a block of the size that a leaf at `level` maps.
+    fn pages_of(&self, level: u8, block: usize) -> Range<usize> {
+        let shift = INDEX_BITS * (u32::from(level) - 1);
+        let first = self.machine.0 >> PAGE_SHIFT;
+        let start = ((first >> shift) + block as u64) << shift;
+        let end = (start + (1 << shift) - first).min(self.pages);
+        start.saturating_sub(first) as usize..end as usize
+    }
+
+    /// Whether the host has made any of the pages read-only.
+    fn has_host_read_only(&self, pages: Range<usize>) -> bool {
+        let mut words = self.host_read_only.iter_range(pages.start / 64..pages.end.div_ceil(64));
+        words.any(|(word, bits)| {
+            let inside = |n: usize| pages.contains(&(word * 64 + n));
+            let bits = bits.load(Ordering::Relaxed);
+            bits != 0 && (0..64).any(|n| bits >> n & 1 != 0 && inside(n))
+        })
+    }
+
     /// Whether no shadow entry maps the region and no shadow page was made from it.
     #[cfg(loom)]
     pub(crate) fn is_unlinked(&self) -> bool {
-        let mut links = self.rmap.iter().chain(self.shadows.iter());
+        let large = self.large.iter().flat_map(|large| large.iter());
+        let mut links = self.rmap.iter().chain(self.shadows.iter()).chain(large);
         links.all(|(_, links)| links.is_empty())
     }
 
@@ -199,6 +312,13 @@ impl Region {
             }
         }
     }
+}
+
+/// Blocks of the size of level `i + 2` that the pages from `machine` on touch.
+fn blocks(machine: Machine, pages: u64, i: usize) -> usize {
+    let shift = INDEX_BITS * (i as u32 + 1);
+    let first = machine.0 >> PAGE_SHIFT;
+    (((first + pages - 1) >> shift) - (first >> shift) + 1) as usize
 }
 
 impl Drop for Region {

@@ -18,6 +18,7 @@ mod accessed;
 mod batch;
 pub mod bits;
 mod descend;
+mod entry_format;
 mod fault;
 mod format;
 mod mode;
@@ -27,6 +28,7 @@ mod tables;
 mod walk;
 
 pub use access::{Access, Allowed, Kind, Rights};
+pub(crate) use entry_format::EntryFormat;
 pub use fault::{Fault, Reason, code};
 pub use format::Entry;
 pub use mode::PagingMode;

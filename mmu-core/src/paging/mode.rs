@@ -4,6 +4,7 @@
 use super::access::{Access, Allowed, Kind, Rights, Rule};
 use super::bits::*;
 use super::descend::Reach;
+use super::entry_format::EntryFormat;
 use super::fault::{Fault, Reason, code};
 use super::format::{Entry, Format, Layout, Masks, with_layout};
 use super::regs::{BadRegisters, Regs};
@@ -15,6 +16,7 @@ use crate::memory::MemoryMap;
 #[derive(Clone, Copy, Debug)]
 pub struct PagingMode {
     pub(super) format: Format,
+    pub(super) entry_format: EntryFormat,
     /// The walk of the format.
     pub(super) reach: Reach,
     /// Shift that brings the highest bit of an address that needs no second look to bit 63.
@@ -78,6 +80,7 @@ impl PagingMode {
         let maxphyaddr = u32::from(regs.maxphyaddr);
         Ok(Self {
             format,
+            entry_format: EntryFormat::new(format, maxphyaddr, cr4 & CR4_PSE != 0),
             reach: with_layout!(format, L => Self::reach::<L>, none => Self::reach_unpaged),
             quick_shift: canonical_shift.max(lam_user),
             canonical_shift,

@@ -3,7 +3,9 @@
 
 use super::location::Location;
 use super::{Engine, PageRange, RangeError, Spte};
+use crate::addr::Machine;
 use crate::memory::{Page, Slot};
+use crate::sync::LocationSet;
 use crate::sync::epoch::Handle;
 use core::ops::Range;
 use std::sync::Arc;
@@ -24,16 +26,26 @@ impl Engine {
         let handle = self.handles.get();
         let mut young = 0;
         for (slot, pages) in self.pages_in(&self.memory.snapshot(), range)? {
+            let blocks = self.young_blocks(&slot, pages.clone(), clear, &handle);
             let mut next = pages.start;
             while next < pages.end {
                 let end = (next / 64 * 64 + 64).min(pages.end);
-                let bits = self.young_word(&slot, next..end, clear, &handle);
+                let mut bits = self.young_word(&slot, next..end, clear, &handle);
+                for block in blocks.iter().filter(|block| block.start < end && next < block.end) {
+                    let (from, to) = (block.start.max(next), block.end.min(end));
+                    bits |= u64::MAX >> (64 - (to - from)) << (from % 64);
+                }
                 if bits != 0 {
                     young += u64::from(bits.count_ones());
                     // Outside the read section.
                     report(&slot, (next / 64 * 64) as u64, bits);
                 }
-                next = self.next_mapped(&slot, end..pages.end);
+                let block = blocks
+                    .iter()
+                    .map(|block| block.start.max(end))
+                    .filter(|at| blocks.iter().any(|block| block.contains(at)));
+                next =
+                    self.next_mapped(&slot, end..pages.end).min(block.min().unwrap_or(pages.end));
             }
         }
         if clear && young > 0 {
@@ -41,6 +53,26 @@ impl Engine {
             self.flush.nudge();
         }
         Ok(young)
+    }
+
+    /// The blocks of these pages that are mapped whole and were used.
+    fn young_blocks(
+        &self,
+        slot: &Slot,
+        pages: Range<usize>,
+        clear: bool,
+        handle: &Handle,
+    ) -> Vec<Range<usize>> {
+        let mut young = Vec::new();
+        let mut guard = handle.pin();
+        for (_, block, rmap) in slot.region().mapped_blocks(pages) {
+            let machine = slot.region().machine_of(block.start);
+            if self.take_young(rmap, machine, clear) {
+                young.push(block);
+            }
+            guard.repin();
+        }
+        young
     }
 
     /// First page of the range that may be mapped; else its end.
@@ -59,27 +91,37 @@ impl Engine {
     ) -> u64 {
         let mut bits = 0;
         let _guard = handle.pin();
-        let mut narrowing = None;
         for (index, rmap) in slot.region().rmap.iter_range(pages) {
             let machine = Page { slot, index }.machine();
-            rmap.for_each(|word| {
-                let at = Location::from_word(word);
-                let mut old = self.entry(at);
-                while old.is_accessed() && old.machine() == machine {
-                    bits |= 1 << (index % 64);
-                    let aged = if clear { old.aged() } else { return };
-                    match self.exchange(at, old, aged) {
-                        Ok(()) => {
-                            let narrowing = narrowing.get_or_insert_with(|| self.flush.narrow());
-                            narrowing.entry(at, self.gva_of(at));
-                            break;
-                        }
-                        Err(now) => old = now,
-                    }
-                }
-            });
+            if self.take_young(rmap, machine, clear) {
+                bits |= 1 << (index % 64);
+            }
         }
         bits
+    }
+
+    /// Whether an entry of the reverse map, which maps `machine`, was used; with `clear` none is any
+    /// more. Within a read section.
+    fn take_young(&self, rmap: &LocationSet, machine: Machine, clear: bool) -> bool {
+        let mut young = false;
+        let mut narrowing = None;
+        rmap.for_each(|word| {
+            let at = Location::from_word(word);
+            let mut old = self.entry(at);
+            while old.is_accessed() && old.machine() == machine {
+                young = true;
+                let aged = if clear { old.aged() } else { return };
+                match self.exchange(at, old, aged) {
+                    Ok(()) => {
+                        let narrowing = narrowing.get_or_insert_with(|| self.flush.narrow());
+                        narrowing.entry(at, self.gva_of(at));
+                        break;
+                    }
+                    Err(now) => old = now,
+                }
+            }
+        });
+        young
     }
 
     /// Notes a use as a processor does; `None` if the entry has changed meanwhile.

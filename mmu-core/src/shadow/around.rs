@@ -15,16 +15,28 @@ use super::{ENTRIES, index};
 use crate::memory::DirtyMode;
 use crate::paging::{Entry, Step, Walk, bits};
 use crate::sync::Ordering;
+use core::ops::Range;
 
 /// Entries that a fault looks at, its own included. None else in a model: a table there has two.
 const AROUND: usize = if cfg!(loom) { 1 } else { 8 };
 
+/// The entries around one.
+pub(super) fn around(own: usize) -> Range<usize> {
+    let first = own / AROUND * AROUND;
+    first..(first + AROUND).min(ENTRIES)
+}
+
 impl Attempt<'_> {
-    /// Maps what is around the page that was mapped just now in `table`.
-    pub(super) fn map_around(&self, table: FrameId, walk: &Walk, step: Option<&Step>) {
+    /// Maps what is around the page that was mapped just now in `table`, or is to be.
+    pub(super) fn map_around(
+        &self,
+        table: FrameId,
+        walk: &Walk,
+        step: Option<&Step>,
+        around: Range<usize>,
+    ) {
         let own = index(self.info.gva, 1);
-        let first = own / AROUND * AROUND;
-        for other in (first..(first + AROUND).min(ENTRIES)).filter(|other| *other != own) {
+        for other in around.filter(|other| *other != own) {
             let at = Location::new(table, other);
             if self.engine.entry(at) != Spte::EMPTY {
                 continue;
@@ -49,12 +61,14 @@ impl Attempt<'_> {
             let gpa = walk.gpa.page().wrapping_add(distance.wrapping_mul(crate::addr::PAGE_SIZE));
             return Some((Walk { gpa, ..*walk }, None));
         };
-        let entry = step.entry.wrapping_add(distance.wrapping_mul(8));
-        let value = self.map.word(entry, &self.context.hint)?.load(Ordering::Acquire);
+        let mode = self.info.mode;
+        let entry = step.entry.wrapping_add(distance.wrapping_mul(mode.entry_size()));
+        let word = self.map.word(entry, &self.context.hint)?.load(Ordering::Acquire);
+        let value = mode.entry_of(word, entry);
         let differs = (value ^ step.value) & !(bits::ADDR | bits::D | bits::A | bits::G);
         let used = value & (bits::P | bits::A) == bits::P | bits::A;
         // With the address come bits that may be reserved.
-        let leaf = matches!(self.info.mode.decode(value, 1), Entry::Leaf(_));
+        let leaf = matches!(mode.decode(value, 1), Entry::Leaf(_));
         let page = differs == 0 && used && leaf;
         let walk = Walk {
             gpa: crate::addr::Gpa(value & bits::ADDR),

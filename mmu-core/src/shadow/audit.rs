@@ -5,10 +5,10 @@ use super::frames::{PROTECTED, state};
 use super::location::{FrameId, Location};
 use super::role::Key;
 use super::spte::Spte;
-use super::{Engine, Role};
+use super::{Engine, Role, shift};
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, PAGE_SHIFT};
 use crate::memory::{DirtyMode, Hint, MemoryMap, Page};
-use crate::paging::bits;
+use crate::paging::{Entry, bits};
 use crate::sync::epoch::Guard;
 use crate::sync::{LocationSet, Ordering};
 use std::collections::BTreeMap;
@@ -77,6 +77,18 @@ pub enum Disagreement {
         listed: usize,
         /// How often it should.
         present: usize,
+    },
+    /// The count of guest tables in a block is wrong.
+    #[error(
+        "the block at {machine:#x}, for a leaf at level {level}, counts {counted} shadowed guest tables"
+    )]
+    Count {
+        /// Level of the leaf that would map the block.
+        level: u8,
+        /// Machine address of the block.
+        machine: u64,
+        /// What it counts.
+        counted: u64,
     },
     /// The quota counts other frames than are used.
     #[error("{used} table frames are used, the quota counts {counted}")]
@@ -157,7 +169,7 @@ impl Audit<'_> {
             return Err(Disagreement::Hash { frame: frame.0, gfn: key.gfn() });
         }
         let role = key.role();
-        if !role.is_direct() {
+        if role.has_home() {
             let Some(home) = self.map.page(key.gfn()) else {
                 return Err(Disagreement::Dead { frame: frame.0, why: "shadows no memory" });
             };
@@ -184,7 +196,7 @@ impl Audit<'_> {
             let protected = page.protected.load(Ordering::Relaxed) == PROTECTED.0;
             let wrong = if !protected {
                 Some("its guest table is not write-protected yet")
-            } else if role.level() > 1 {
+            } else if role.level() > 1 && !spte.is_large() {
                 self.table(at, spte, key)
             } else {
                 self.report.sptes += 1;
@@ -202,7 +214,7 @@ impl Audit<'_> {
     fn obsolete(&mut self, frame: FrameId, key: Key) {
         self.report.obsolete += 1;
         let shadows = self.engine.frames.page(frame).home();
-        if !key.role().is_direct() && self.map.by_machine(shadows).is_some() {
+        if key.role().has_home() && self.map.by_machine(shadows).is_some() {
             self.expect("shadows", shadows.0, Location::from_word(u64::from(frame.0) + 1));
         }
         for index in (0..ENTRIES).filter(|index| !self.engine.is_reserved(frame, *index)) {
@@ -211,8 +223,8 @@ impl Audit<'_> {
             if !spte.is_present() {
                 continue;
             }
-            if key.role().level() == 1 {
-                self.expect("rmap", spte.machine().0, at);
+            if key.role().level() == 1 || spte.is_large() {
+                self.expect(rmap_of(key.role().level()), spte.machine().0, at);
             } else if let Some(child) = self.engine.frames.frame_at(spte.machine()) {
                 self.expect("parents", u64::from(child.0), at);
             }
@@ -220,16 +232,26 @@ impl Audit<'_> {
     }
 
     /// The guest's entry behind an entry of an indirect page, if it can stand behind one.
-    fn guest_entry(&self, key: Key, index: usize) -> Result<u64, &'static str> {
-        let gpa = key.gfn().gpa().wrapping_add(index as u64 * 8);
+    fn guest_entry(&self, key: Key, index: usize) -> Result<(u64, Entry), &'static str> {
+        let (role, format) = (key.role(), key.role().format());
+        let gpa = key.gfn().gpa().wrapping_add(role.guest_offset(index));
         let word = self.map.word(gpa, &self.hint).ok_or("its guest table lies in no slot")?;
-        let entry = word.load(Ordering::Acquire);
+        let entry = format.entry_of(word.load(Ordering::Acquire), gpa);
         // R35; in a read-only slot no A is ever written (R24).
         let read_only = self.map.page(key.gfn()).is_some_and(|page| !page.is_writable());
         let needed = if read_only { bits::P } else { bits::P | bits::A };
-        match entry & needed == needed {
-            true => Ok(entry),
-            false => Err("the guest's entry is not present and accessed"),
+        if entry & needed != needed {
+            return Err("the guest's entry is not present and accessed");
+        }
+        match format.decode(entry, role.level(), role.regime().has_nxe()) {
+            Entry::Reserved | Entry::Absent => Err("the guest's entry has reserved bits set"),
+            // Of 4 MiB, the half that this entry maps.
+            Entry::Leaf(gpa) if role.level() > 1 => {
+                let size = 1 << shift(role.level());
+                let part = if format.is_wide() { 0 } else { index as u64 % 2 * size };
+                Ok((entry, Entry::Leaf(gpa.wrapping_add(part))))
+            }
+            found => Ok((entry, found)),
         }
     }
 
@@ -244,26 +266,34 @@ impl Audit<'_> {
         }
         let (role, below) = (key.role(), below.key());
         let covered = INDEX_BITS * (u32::from(role.level()) - 1);
+        if role.is_upper() {
+            // PDPTE registers are the vCPUs': what they held is in no memory.
+            let registers = role.format().is_pae() && below.role().is_indirect();
+            let same = below.role() == role.below_upper(0)
+                || below.role() == role.below_upper(role.level()).behind(at.index());
+            return (!same || !registers && below.gfn() != key.gfn())
+                .then_some("points at a page for another root");
+        }
         if role.is_direct() {
             let gfn = Gfn(key.gfn().0 + ((at.index() as u64) << covered));
             let same = below.role() == role.child(role.writes(), role.user(), role.executes());
             return (below.gfn() != gfn || !same).then_some("points at another stretch");
         }
-        let guest = match self.guest_entry(key, at.index()) {
+        let (guest, found) = match self.guest_entry(key, at.index()) {
             Ok(guest) => guest,
             Err(why) => return Some(why),
         };
-        let large = guest & bits::PS != 0 && matches!(role.level(), 2 | 3);
         let rights = child_role(role, guest);
-        let fits = if large {
-            let pages = (1u64 << covered) - 1;
-            let gfn = Gfn((guest & bits::ADDR) >> PAGE_SHIFT & !pages);
-            let through = |write| role.child(write, rights.user(), rights.executes()).direct();
-            let write = may_write(rights) && guest & bits::D != 0;
-            // D may have been set since, through another tree or by the emulator.
-            below == Key::new(gfn, through(false)) || write && below == Key::new(gfn, through(true))
-        } else {
-            below == Key::new(Gfn((guest & bits::ADDR) >> PAGE_SHIFT), rights)
+        let fits = match found {
+            Entry::Leaf(gpa) => {
+                let through = |write| role.child(write, rights.user(), rights.executes()).direct();
+                let write = may_write(rights) && guest & bits::D != 0;
+                // D may have been set since, through another tree or by the emulator.
+                below == Key::new(gpa.gfn(), through(false))
+                    || write && below == Key::new(gpa.gfn(), through(true))
+            }
+            Entry::Table(gpa) => below == Key::new(gpa.gfn(), rights.behind(at.index())),
+            _ => false,
         };
         (!fits).then_some("points at a page for another table or role")
     }
@@ -271,23 +301,32 @@ impl Audit<'_> {
     fn leaf(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {
         let role = key.role();
         let (gfn, rights, granted, dirty) = if role.is_direct() {
-            (Gfn(key.gfn().0 + at.index() as u64), role, role.writes(), true)
+            let gfn =
+                Gfn(key.gfn().0 + ((at.index() as u64) << (shift(role.level()) - PAGE_SHIFT)));
+            (gfn, role, role.writes(), true)
         } else {
-            let guest = match self.guest_entry(key, at.index()) {
-                Ok(guest) => guest,
+            match self.guest_entry(key, at.index()) {
+                Ok((guest, Entry::Leaf(gpa))) => {
+                    let rights = leaf_rights(role, guest);
+                    (gpa.gfn(), rights, may_write(rights), guest & bits::D != 0)
+                }
+                Ok(_) => return Some("maps memory, the guest's entry is a table"),
                 Err(why) => return Some(why),
-            };
-            let gfn = Gfn((guest & bits::ADDR) >> PAGE_SHIFT);
-            let rights = leaf_rights(role, guest);
-            (gfn, rights, may_write(rights), guest & bits::D != 0)
+            }
         };
-        let Some(page) = self.map.page(gfn) else {
+        let level = role.level();
+        let Some(page) = self.map.block(gfn, 1 << (shift(level) - PAGE_SHIFT)) else {
             return Some("maps a frame without memory");
         };
         if page.machine() != spte.machine() {
             return Some("maps another page than the guest's entry");
         }
-        self.expect("rmap", page.machine().0, at);
+        self.expect(rmap_of(level), page.machine().0, at);
+        if level > 1 && !page.region().allows_block(level, page.index) {
+            return Some(
+                "maps a block with a guest table in it, or that the host has touched: R20",
+            );
+        }
         if page.region().invalid.covers(page.index) {
             return Some("maps a page that the host has taken away");
         }
@@ -301,8 +340,8 @@ impl Audit<'_> {
         if !spte.is_writable() {
             return None;
         }
-        let unlogged = page.slot.flags().dirty == DirtyMode::WriteProtect
-            && !page.region().dirty.is_dirty(page.index);
+        let log = page.slot.flags().dirty;
+        let unlogged = log == DirtyMode::WriteProtect && !page.region().dirty.is_dirty(page.index);
         if !granted {
             Some("is writable, the guest's entries are not")
         } else if !dirty {
@@ -311,7 +350,7 @@ impl Audit<'_> {
             Some("is writable, but maps a shadowed guest table")
         } else if !page.is_writable() {
             Some("is writable, but the slot or the host forbids it")
-        } else if unlogged {
+        } else if unlogged || level > 1 && log != DirtyMode::Off {
             Some("is writable, but the page is not in the dirty log")
         } else {
             None
@@ -325,7 +364,8 @@ impl Audit<'_> {
         if let Some(shadows) = page.region().shadows.get(page.index) {
             shadows.for_each(|frame| {
                 let shadow = self.engine.frames.page(FrameId((frame - 1) as u32));
-                protected |= shadow.protected.load(Ordering::Relaxed) == PROTECTED.0;
+                protected |= shadow.key().role().is_indirect()
+                    && shadow.protected.load(Ordering::Relaxed) == PROTECTED.0;
             });
         }
         protected
@@ -338,12 +378,14 @@ impl Audit<'_> {
         let (expected, granted) = if role.is_direct() {
             (Gfn(key.gfn().0 + at.index() as u64), role.writes())
         } else {
-            let guest = match self.guest_entry(key, at.index()) {
-                Ok(guest) => guest,
+            match self.guest_entry(key, at.index()) {
+                Ok((guest, Entry::Leaf(gpa))) => {
+                    let write = may_write(leaf_rights(role, guest)) && guest & bits::D != 0;
+                    (gpa.gfn(), write)
+                }
+                Ok(_) => return Some("is MMIO, the guest's entry is a table"),
                 Err(why) => return Some(why),
-            };
-            let write = may_write(leaf_rights(role, guest)) && guest & bits::D != 0;
-            (Gfn((guest & bits::ADDR) >> PAGE_SHIFT), write)
+            }
         };
         if gfn != expected {
             Some("is MMIO at another frame than the guest's entry")
@@ -386,10 +428,19 @@ impl Audit<'_> {
         for slot in self.map.slots() {
             let region = slot.region();
             for (index, rmap) in region.rmap.iter() {
-                count("rmap", region.machine_of(index).0, rmap);
+                count(rmap_of(1), region.machine_of(index).0, rmap);
+            }
+            for (level, block, rmap) in region.mapped_blocks(0..slot.pages() as usize) {
+                count(rmap_of(level), region.machine_of(block.start).0, rmap);
             }
             for (index, shadows) in region.shadows.iter() {
                 count("shadows", region.machine_of(index).0, shadows);
+            }
+        }
+        for slot in self.map.slots() {
+            if let Some((level, block, counted)) = slot.region().miscounted() {
+                let machine = slot.region().machine_of(block).0;
+                return Err(Disagreement::Count { level, machine, counted });
             }
         }
         for (frame, page) in self.engine.frames.used() {
@@ -406,6 +457,15 @@ impl Audit<'_> {
                 present: self.expected.get(link).copied().unwrap_or(0),
             }),
         }
+    }
+}
+
+/// The name of the reverse map of entries at this level.
+fn rmap_of(level: u8) -> &'static str {
+    match level {
+        1 => "rmap",
+        2 => "rmap of 2 MiB blocks",
+        _ => "rmap of 1 GiB blocks",
     }
 }
 

@@ -116,7 +116,7 @@ impl Engine {
         let mode = now.map_or(slot.flags().dirty, |page| page.slot.flags().dirty);
         if mode != DirtyMode::DirtyBits {
             let mut narrowing = self.flush.narrow();
-            pages().for_each(|page| self.protect(page, &mut narrowing, &self.stats));
+            pages().for_each(|page| self.protect(&guard, page, &mut narrowing, &self.stats));
         }
         self.flush.met(|n| pages().for_each(|page| self.record(page, n)));
     }

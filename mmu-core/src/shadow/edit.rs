@@ -2,7 +2,7 @@
 //! Writes to guest memory that the engine does itself, and what they mean for the shadow.
 
 use super::{Engine, FrameId, Location, Spte, Stats};
-use crate::addr::{ENTRIES, Gpa, PAGE_SIZE};
+use crate::addr::{Gpa, PAGE_SIZE};
 use crate::memory::{DirtyRing, MemoryMap, exchange_masked};
 use crate::sync::epoch::Guard;
 use crate::sync::{AtomicU64, Ordering, fence, rule};
@@ -96,13 +96,16 @@ impl Engine {
                 .filter(|shadows| !shadows.is_empty());
             if let Some(shadows) = shadows {
                 stats.mmu_pte_write.bump();
-                let first = (at % PAGE_SIZE / 8) as usize;
-                let last = ((page_end - 1) % PAGE_SIZE / 8) as usize;
+                let bytes = at % PAGE_SIZE..at % PAGE_SIZE + (page_end - at);
                 // Nothing shared is written where nothing was derived from the entry.
                 let mut narrowing = None;
                 for frame in shadows.to_vec() {
                     let frame = FrameId((frame - 1) as u32);
-                    for index in first..=last.min(ENTRIES - 1) {
+                    let role = self.frames.page(frame).key().role();
+                    if !role.is_indirect() {
+                        continue;
+                    }
+                    for index in role.derived_from(bytes.clone()) {
                         let entry = Location::new(frame, index);
                         let spte = self.entry(entry);
                         if matches!(spte, Spte::EMPTY | Spte::FROZEN)
@@ -123,7 +126,9 @@ impl Engine {
 
     /// Whether the entry belongs to the consumer.
     pub(super) fn is_reserved(&self, frame: FrameId, index: usize) -> bool {
-        self.reserved.is_some_and(|(reserved, _)| reserved == index)
-            && self.frames.page(frame).key().role().level() == crate::addr::LEVELS
+        let level = || self.frames.page(frame).key().role().level();
+        self.shape
+            .reserved
+            .is_some_and(|(reserved, _)| reserved == index && level() == self.levels())
     }
 }

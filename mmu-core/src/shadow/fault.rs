@@ -15,13 +15,14 @@
 //! A fault never waits for another processor: it returns a [`Stall`] that the vCPU's loop waits
 //! for, outside any read section.
 
+use super::around::around;
 use super::flush::Generation;
 use super::location::{FrameId, Location};
 use super::role::{Key, Regime};
 use super::spte::Spte;
 use super::stats::Stats;
 use super::{Context, Engine, index};
-use crate::addr::{Gfn, Gpa, Gva, INDEX_BITS};
+use crate::addr::{ENTRIES, Gfn, Gpa, Gva, INDEX_BITS};
 use crate::memory::{DirtyMode, MemoryMap, Page};
 use crate::paging::{Access, Allowed, Fault, Kind, PagingMode, Path, Step, Walk, bits};
 use crate::sync::epoch::Guard;
@@ -140,6 +141,19 @@ impl Engine {
     }
 }
 
+/// What a leaf maps: the page of the access, at `level` with all of the block from `first` on.
+#[derive(Clone, Copy)]
+struct Target<'m> {
+    page: Page<'m>,
+    level: u8,
+    first: Page<'m>,
+}
+
+/// Pages of 4 KiB that a leaf at `level` maps.
+const fn pages(level: u8) -> u64 {
+    1 << (INDEX_BITS * (level as u32 - 1))
+}
+
 /// What the guest's entries on the way down grant so far.
 #[derive(Clone, Copy)]
 struct Granted {
@@ -177,13 +191,17 @@ impl Attempt<'_> {
     fn run(&self) -> Result<Outcome, Retry> {
         let FaultInfo { mode, root, gva, access, .. } = *self.info;
         let mut path = Path::default();
-        let walk = match mode.walk_path(self.map, &self.context.hint, gva, access, &mut path) {
+        let mut walk = match mode.walk_path(self.map, &self.context.hint, gva, access, &mut path) {
             Ok(walk) => walk,
             Err(fault) => {
                 self.stats.pf_guest.bump();
                 return Ok(Outcome::Guest(fault));
             }
         };
+        if !mode.is_paging() {
+            // One page without end, as if it had been written.
+            (walk.level, walk.dirty) = (self.engine.levels(), true);
+        }
         let gfn = walk.gpa.gfn();
         let write = access.kind == Kind::Write;
         if let Some(gpa) = withheld(self.map, &path, write) {
@@ -192,13 +210,14 @@ impl Attempt<'_> {
         // R31: the map that was walked.
         let map = if rule!(R31) { self.map } else { self.engine.memory.load(self.guard) };
         let page = map.page(gfn);
-        let top = index(gva, mode.levels());
-        let reserved = self.engine.reserved.is_some_and(|(reserved, _)| reserved == top);
+        let top = index(gva, self.engine.levels());
+        let reserved = self.engine.reserved_at(self.engine.levels());
+        let reserved = reserved.is_some_and(|(reserved, _)| reserved == top);
         if page.is_none_or(|page| write && page.slot.is_read_only()) {
             self.stats.pf_mmio.bump();
             if page.is_none() && !reserved {
                 // For the next time. What hinders it hinders nothing else.
-                let table = self.leaf_table(root, &walk, &path);
+                let table = self.leaf_table(root, &walk, &path, 1);
                 let _ = table.and_then(|(table, step)| self.note_mmio(table, &walk, step));
             }
             return Ok(Outcome::Mmio { gpa: walk.gpa });
@@ -214,8 +233,23 @@ impl Attempt<'_> {
         if page.region().invalid.covers(page.index) {
             return Err(self.invalidated(page));
         }
-        let (table, last) = self.leaf_table(root, &walk, &path)?;
-        self.install(table, page, &walk, last, write)
+        let (level, first) = self.block(map, page, &walk);
+        let (table, last) = self.leaf_table(root, &walk, &path, level)?;
+        self.install(table, Target { page, level, first }, &walk, last, write)
+    }
+
+    /// The level of the largest leaf that may map the page, and the first page that it maps.
+    fn block<'m>(&self, map: &'m MemoryMap, page: Page<'m>, walk: &Walk) -> (u8, Page<'m>) {
+        if page.slot.flags().dirty == DirtyMode::Off {
+            for level in (2..=walk.level.min(self.engine.shape.largest)).rev() {
+                let first = map.block(walk.gpa.gfn(), pages(level));
+                let allowed = |first: &Page<'_>| first.region().allows_block(level, first.index);
+                if let Some(first) = first.filter(allowed) {
+                    return (level, first);
+                }
+            }
+        }
+        (1, page)
     }
 
     /// The host has taken the page away: wait until it has given back something. The number is read
@@ -229,31 +263,61 @@ impl Attempt<'_> {
         }
     }
 
-    /// The table that has the leaf entry, made if need be, and the guest's entry behind it; `None`
-    /// below a large guest page.
+    /// The table that has the leaf entry at `leaf`, made if need be, and the guest's entry behind it;
+    /// `None` below a large guest page.
     fn leaf_table<'p>(
         &self,
         root: FrameId,
         walk: &Walk,
         path: &'p Path,
+        leaf: u8,
     ) -> Result<(FrameId, Option<&'p Step>), Retry> {
-        let mode = self.info.mode;
-
         let mut granted = Granted { write: true, user: true, execute: true };
         let mut page = root;
-        let mut step = None;
-        for level in (2..=mode.levels()).rev() {
-            // Below a large guest page there are no guest entries: direct pages fill the gap.
-            step = path.steps().iter().find(|s| s.level == level);
+        let step_at = |level| path.steps().iter().find(|step| step.level == level);
+        for level in (leaf + 1..=self.engine.levels()).rev() {
+            let step = step_at(level);
             if let Some(step) = step {
                 granted = granted.through(step.value);
             }
             page = self.descend(page, level, walk, step, granted)?;
         }
-        if walk.level == 1 {
-            step = path.steps().iter().find(|s| s.level == 1);
+        Ok((page, step_at(leaf)))
+    }
+
+    /// What the entry of `page` on the way to the address must lead to.
+    fn key_below(
+        &self,
+        page: Key,
+        level: u8,
+        walk: &Walk,
+        step: Option<&Step>,
+        granted: Granted,
+    ) -> Key {
+        let FaultInfo { mode, gva, .. } = *self.info;
+        let (role, index) = (page.role(), index(gva, level));
+        if role.is_upper() {
+            let pae = role.format().is_pae();
+            let top = if pae { 2 } else { mode.levels() };
+            let below = role.below_upper(top).behind(index);
+            let gfn = match pae && !below.is_upper() {
+                true => Gpa(mode.pdptrs()[index % 4] & bits::ADDR).gfn(),
+                false => page.gfn(),
+            };
+            return Key::new(gfn, below);
         }
-        Ok((page, step.filter(|s| s.level == 1)))
+        match step.filter(|_| level > walk.level) {
+            Some(step) => {
+                let below = role.child(granted.write, granted.user, granted.execute);
+                Key::new(Gpa(step.value & bits::ADDR).gfn(), below.behind(index))
+            }
+            None => {
+                // R35: writable below only if the guest's entry has D.
+                let write = self.allowed(walk).write && walk.dirty;
+                let below = role.child(write, walk.rights.user, walk.rights.execute).direct();
+                Key::new(Gfn(walk.gpa.gfn().0 & !(pages(level) - 1)), below)
+            }
+        }
     }
 
     /// The shadow table below `page` on the way to the address; makes and links it if need be.
@@ -266,33 +330,23 @@ impl Attempt<'_> {
         granted: Granted,
     ) -> Result<FrameId, Retry> {
         let engine = self.engine;
-        engine.ensure_protected(self.stats, self.map, page)?;
-        let role = engine.frames.page(page).key().role();
-        let key = match step {
-            Some(step) if level > walk.level => {
-                let role = role.child(granted.write, granted.user, granted.execute);
-                Key::new(Gfn((step.value & bits::ADDR) >> crate::addr::PAGE_SHIFT), role)
-            }
-            _ => {
-                // R35: writable below only if the guest's entry has D.
-                let write = self.allowed(walk).write && walk.dirty;
-                let role = role.child(write, walk.rights.user, walk.rights.execute).direct();
-                let pages = 1 << (INDEX_BITS * (u32::from(level) - 1));
-                Key::new(Gfn(walk.gpa.gfn().0 & !(pages - 1)), role)
-            }
-        };
+        engine.ensure_protected(self.stats, self.guard, self.map, page)?;
+        let key = self.key_below(engine.frames.page(page).key(), level, walk, step, granted);
         let at = Location::new(page, index(self.info.gva, level));
         let mut backoff = Backoff::default();
         loop {
             let old = engine.entry(at);
             if old.is_present() {
-                let child = engine.frames.frame_at(old.machine()).ok_or(Retry::Again)?;
-                let below = engine.frames.page(child);
-                if below.key() == key && engine.is_current(child) {
-                    below.touch();
-                    return Ok(child);
+                let child = engine.frames.frame_at(old.machine()).filter(|_| !old.is_large());
+                if let Some(child) = child {
+                    let below = engine.frames.page(child);
+                    if below.key() == key && engine.is_current(child) {
+                        below.touch();
+                        return Ok(child);
+                    }
                 }
-                // Made from an entry that the guest has changed since, or dying.
+                // Made from an entry that the guest has changed since, or dying, or of a block that
+                // may be mapped whole no longer.
                 let mut narrowing = engine.flush.narrow();
                 engine.drop_entry(self.guard, &mut narrowing, at, |now| now != old);
                 continue;
@@ -306,12 +360,16 @@ impl Attempt<'_> {
             }
             let child = engine.get_or_make(self.stats, self.guard, self.map, key)?;
             let below = engine.frames.page(child);
+            let direct = key.role().is_direct();
+            if direct && level == 2 && below.parents.is_empty() {
+                self.split(child, walk);
+            }
             let spte = Spte::table(engine.frames.machine(child));
             let fresh = || {
                 // R17: the child may have been marked since; who marks it walks its parents, this
                 // entry included, after a fence.
                 // R35: a direct page that may be written stands for D in the guest's large entry.
-                let writable = key.role().is_direct() && key.role().writes();
+                let writable = direct && key.role().writes();
                 // R19: nor may it be obsolete.
                 (!rule!(R17) || engine.is_current(child)) && self.unchanged(step, writable)
             };
@@ -322,18 +380,28 @@ impl Attempt<'_> {
         }
     }
 
+    /// R21: fills a table that takes the place of a leaf which the log or a guest table inside it
+    /// forbids, so that its pages need no faults of their own.
+    fn split(&self, table: FrameId, walk: &Walk) {
+        let block = self.map.block(walk.gpa.gfn(), pages(2));
+        if self.engine.shape.largest > 1 && block.is_some() {
+            self.map_around(table, walk, None, 0..ENTRIES);
+        }
+    }
+
     /// Makes the leaf entry.
     fn install(
         &self,
         table: FrameId,
-        page: Page<'_>,
+        target: Target<'_>,
         walk: &Walk,
         step: Option<&Step>,
         write: bool,
     ) -> Result<Outcome, Retry> {
         let engine = self.engine;
-        engine.ensure_protected(self.stats, self.map, table)?;
-        let (region, index, machine) = (page.region(), page.index, page.machine());
+        engine.ensure_protected(self.stats, self.guard, self.map, table)?;
+        let Target { page, level, first } = target;
+        let (region, index, machine) = (page.region(), page.index, first.machine());
         let allowed = self.allowed(walk);
         let dirty = page.slot.flags().dirty;
         // R35: writable only if the guest's entry has D. Without a write there is no reason to mark
@@ -343,10 +411,14 @@ impl Attempt<'_> {
         let host_allows = rule!(R07) || page.is_writable();
         let entry_for = || {
             let allowed_now = page.is_writable() || !rule!(R07);
-            let writable = may_write && host_allows && allowed_now && !region.is_shadowed(index);
+            let tables = level == 1 && region.is_shadowed(index);
+            let writable = may_write && host_allows && allowed_now && !tables;
             let dirty = write || dirty != DirtyMode::DirtyBits;
             // A write that cannot be let through is emulated instead.
-            (writable || !write).then(|| Spte::page(machine, writable, allowed.execute, dirty))
+            (writable || !write).then(|| {
+                let entry = Spte::page(machine, writable, allowed.execute, dirty);
+                if level > 1 { entry.large() } else { entry }
+            })
         };
         let refused = || {
             if write && region.is_host_read_only(index) {
@@ -359,8 +431,8 @@ impl Attempt<'_> {
         if !allowed.read {
             return refused();
         }
-        let at = Location::new(table, super::index(self.info.gva, 1));
-        let rmap = region.rmap.get_or_alloc(index);
+        let at = Location::new(table, super::index(self.info.gva, level));
+        let rmap = region.rmap_at(level, first.index);
         let mut backoff = Backoff::default();
         loop {
             let old = engine.entry(at);
@@ -368,9 +440,13 @@ impl Attempt<'_> {
                 return Err(Retry::Again);
             }
             let Some(wanted) = entry_for() else { return refused() };
-            // R7: the host may have taken the page away, or the right to write it.
+            // R7: the host may have taken the page away, or the right to write it. R20: a guest table
+            // may have got a shadow inside the block.
             let fresh = || {
-                let taken = region.invalid.covers(index) && rule!(R07);
+                let taken = match level {
+                    1 => region.invalid.covers(index) && rule!(R07),
+                    _ => !region.allows_block(level, first.index) && rule!(R20),
+                };
                 let entry = entry_for().filter(|_| !taken)?;
                 // R35: by what is published, which may have become writable since `wanted` was made.
                 self.unchanged(step, entry.is_writable()).then_some(entry)
@@ -384,11 +460,10 @@ impl Attempt<'_> {
             }
             let done = if old.is_present() {
                 if !wanted.includes(old) {
-                    let mut narrowing = engine.flush.narrow();
-                    engine.drop_entry(self.guard, &mut narrowing, at, |now| now != old);
+                    self.clear_for_leaf(at, old, level);
                     continue;
                 }
-                self.widen(at, old, page, fresh)
+                self.widen(at, old, (first, rmap), fresh)
             } else {
                 if old.is_pending() && !backoff.is_long() {
                     backoff.wait();
@@ -407,8 +482,27 @@ impl Attempt<'_> {
                 self.mark_dirty(page);
             }
             self.stats.pf_fixed.bump();
-            self.map_around(table, walk, step);
+            if level == 1 {
+                let own = super::index(self.info.gva, 1);
+                self.map_around(table, walk, step, around(own));
+            } else {
+                self.stats.pf_large.bump();
+            }
             return Ok(Outcome::Fixed);
+        }
+    }
+
+    /// Takes away what stands where a leaf is to go: a leaf for something else, or a table whose
+    /// pages can be mapped whole again.
+    fn clear_for_leaf(&self, at: Location, old: Spte, level: u8) {
+        let engine = self.engine;
+        let child = engine.frames.frame_at(old.machine()).filter(|_| level > 1 && !old.is_large());
+        match child.filter(|child| engine.frames.page(*child).key().role().is_direct()) {
+            Some(child) => drop(engine.zap(self.guard, child)),
+            None => {
+                let mut narrowing = engine.flush.narrow();
+                engine.drop_entry(self.guard, &mut narrowing, at, |now| now != old);
+            }
         }
     }
 
@@ -462,7 +556,7 @@ impl Attempt<'_> {
         &self,
         at: Location,
         old: Spte,
-        page: Page<'_>,
+        (page, rmap): (Page<'_>, &LocationSet),
         fresh: impl FnOnce() -> Option<Spte>,
     ) -> bool {
         let engine = self.engine;
@@ -484,9 +578,7 @@ impl Attempt<'_> {
         let _ = engine.exchange(at, pending, Spte::EMPTY);
         narrowing.entry(at, engine.gva_of(at));
         engine.took(page, old);
-        if let Some(rmap) = page.region().rmap.get(page.index) {
-            rmap.remove(at.word());
-        }
+        rmap.remove(at.word());
         false
     }
 
@@ -497,7 +589,7 @@ impl Attempt<'_> {
         let Some(table) = self.map.page(step.entry.gfn()) else { return false };
         let Some(word) = table.word(step.entry.page_offset()) else { return false };
         // Acquire: pairs with the Release of the guest's emulated store.
-        let now = word.load(Ordering::Acquire);
+        let now = self.info.mode.entry_of(word.load(Ordering::Acquire), step.entry);
         let flags = bits::A | bits::D;
         let needed = bits::A | if writable { bits::D } else { 0 };
         // R35: a walk that found the table read-only has set no A. If the host has made it writable

@@ -154,8 +154,8 @@ impl Engine {
         }
         let mut settled = self.flush.cover();
         for (slot, pages) in &stretches {
-            settled = self.for_mapped(slot, pages.clone(), &handle, |_, page, narrowing| {
-                self.protect(page, narrowing, &self.stats);
+            settled = self.for_mapped(slot, pages.clone(), &handle, |guard, page, narrowing| {
+                self.protect(guard, page, narrowing, &self.stats);
             });
         }
         self.wait_acknowledged(settled);

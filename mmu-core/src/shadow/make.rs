@@ -6,9 +6,10 @@ use super::fault::Retry;
 use super::flush::Generation;
 use super::frames::{PROTECTED, UNPROTECTED};
 use super::location::{FrameId, Location};
-use super::role::{Key, Regime, Role};
+use super::role::{GFN_BITS, Key, Regime, Role};
 use super::stats::Stats;
 use super::{Context, Engine, Stall};
+use crate::addr::Gfn;
 use crate::memory::MemoryMap;
 use crate::paging::PagingMode;
 use crate::sync::epoch::Guard;
@@ -26,10 +27,18 @@ impl Engine {
     ) -> Result<Option<FrameId>, Stall> {
         let guard = context.handle.pin();
         let map = self.memory.load(&guard);
-        let key = Key::new(mode.root(), Role::root(mode.levels(), regime));
+        let role = Role::root(self.levels(), regime, mode.entry_format());
+        let role = if mode.levels() < self.levels() { role.upper() } else { role };
+        let key = if !mode.is_paging() {
+            Key::new(Gfn(0), role.direct())
+        } else if role.has_home() {
+            Key::new(mode.root(), role)
+        } else {
+            self.number(role)
+        };
         stats.root_loads.bump();
         loop {
-            if map.slot(key.gfn()).is_none() {
+            if key.role().has_home() && map.slot(key.gfn()).is_none() {
                 return Ok(None);
             }
             match self.get_or_make(stats, &guard, map, key) {
@@ -42,6 +51,36 @@ impl Engine {
                 Err(Retry::Stall(stall)) => return Err(stall),
             }
         }
+    }
+
+    /// A key that no page has, for one that stands for registers.
+    fn number(&self, role: Role) -> Key {
+        loop {
+            // Relaxed: nothing but the number.
+            let number = self.registers.fetch_add(1, Ordering::Relaxed) & ((1 << GFN_BITS) - 1);
+            let key = Key::new(Gfn(number), role);
+            if self.pages.get(&key).is_none() {
+                return key;
+            }
+        }
+    }
+
+    /// Counts a vCPU as user of a root that it had before, if the frame still has that page.
+    pub(crate) fn hold_again(&self, context: &Context, frame: FrameId, key: Key) -> bool {
+        let _guard = context.handle.pin();
+        let page = self.frames.page(frame);
+        // R19: live within this read section.
+        let current = self.is_current(frame) && page.key() == key;
+        if current {
+            page.touch();
+            self.hold_root(frame);
+        }
+        current
+    }
+
+    /// What the page in the frame is.
+    pub(crate) fn key_of(&self, frame: FrameId) -> Key {
+        self.frames.page(frame).key()
     }
 
     pub(super) fn get_or_make(
@@ -105,9 +144,8 @@ impl Engine {
         // obsolete pages includes the frame. Acquire pairs with `zap_all`.
         let born = self.shadow_generation.load(Ordering::Acquire);
         let role = key.role();
-        if role.is_direct() {
+        if !role.has_home() {
             self.frames.claim(frame, key, crate::addr::Machine(0), born);
-            self.frames.page(frame).protected.store(PROTECTED.0, Ordering::Relaxed);
         } else {
             let Some(home) = map.page(key.gfn()) else {
                 // The table itself lies outside memory now; the walk will say so.
@@ -117,9 +155,7 @@ impl Engine {
             // From here on no fault makes the guest table writable (R2), and guest writes to it
             // find this page. R18: before the page is live, because whoever tears it down takes
             // this back.
-            let track = || {
-                home.region().shadows.get_or_alloc(home.index).add(u64::from(frame.0) + 1);
-            };
+            let track = || home.region().add_shadow(home.index, u64::from(frame.0) + 1);
             if rule!(R18) {
                 track();
             }
@@ -128,9 +164,10 @@ impl Engine {
                 track();
             }
         }
-        if let Some((index, value)) =
-            self.reserved.filter(|_| key.role().level() == crate::addr::LEVELS)
-        {
+        if !role.is_indirect() {
+            self.frames.page(frame).protected.store(PROTECTED.0, Ordering::Relaxed);
+        }
+        if let Some((index, value)) = self.reserved_at(key.role().level()) {
             let at = Location::new(frame, index);
             self.frames.entry(at).store(value, Ordering::Relaxed);
         }
@@ -143,6 +180,7 @@ impl Engine {
     pub(super) fn ensure_protected(
         &self,
         stats: &Stats,
+        guard: &Guard<'_>,
         map: &MemoryMap,
         frame: FrameId,
     ) -> Result<(), Retry> {
@@ -155,12 +193,12 @@ impl Engine {
         if generation == UNPROTECTED {
             let gfn = page.key().gfn();
             let home = map.page(gfn).ok_or(Retry::Again)?;
-            // R2: own store (the shadow's presence), fence, foreign load (the rmap). Pairs with
-            // the fence of the fault that links a writable entry.
+            // R2, R20: own store (the shadow's presence), fence, foreign load (the rmaps). Pairs with
+            // the fence of the fault that links a writable entry, or one for a block.
             if rule!(R02) {
                 fence(Ordering::SeqCst);
             }
-            generation = self.protect_for(home, stats);
+            generation = self.protect_for(guard, home, stats);
             // The first generation that covers a scan is as good as any other's.
             let (old, new) = (UNPROTECTED.0, generation.0);
             if let Err(theirs) =

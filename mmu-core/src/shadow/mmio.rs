@@ -25,7 +25,7 @@ impl Engine {
             return None;
         }
         let mut table = info.root;
-        for level in (2..=info.mode.levels()).rev() {
+        for level in (2..=self.levels()).rev() {
             let entry = self.entry(Location::new(table, index(info.gva, level)));
             table = entry.is_present().then(|| self.table_at(entry.machine()))??;
         }
@@ -44,7 +44,7 @@ impl Attempt<'_> {
         walk: &Walk,
         step: Option<&Step>,
     ) -> Result<(), Retry> {
-        self.engine.ensure_protected(self.stats, self.map, table)?;
+        self.engine.ensure_protected(self.stats, self.guard, self.map, table)?;
         let allowed = self.allowed(walk);
         let at = Location::new(table, index(self.info.gva, 1));
         let old = self.engine.entry(at);

@@ -47,11 +47,11 @@ pub(crate) use edit::Exchange;
 pub(crate) use fault::{FaultInfo, withheld};
 pub(crate) use flush::{Cursor, VcpuState, request};
 pub(crate) use reclaim::MIN_FRAMES;
-pub(crate) use role::Regime;
+pub(crate) use role::{Key, Regime};
 pub(crate) use spte::Spte;
 pub(crate) use stats::Stats;
 
-use crate::addr::{ENTRIES, Gva, INDEX_BITS, LEVELS, Machine, PAGE_SHIFT};
+use crate::addr::{ENTRIES, Gva, INDEX_BITS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle, Pool};
 use crate::sync::{AtomicU64, ConcurrentMap, Mutex, Ordering, fence, hint, lock, unique};
@@ -59,7 +59,7 @@ use core::cell::Cell;
 use flush::{Flush, Narrowing};
 use frames::Frames;
 use reclaim::{FRAMES_PER_VCPU, Quota};
-use role::{Key, Role};
+use role::Role;
 use std::sync::Arc;
 
 /// Everything VM-wide.
@@ -73,8 +73,9 @@ pub(crate) struct Engine {
     frames: Arc<Frames>,
     /// Live shadow pages by (gfn, role).
     pages: ConcurrentMap<Key, FrameId>,
-    /// Entry of every root that belongs to the consumer: (index, value).
-    reserved: Option<(usize, u64)>,
+    shape: Shape,
+    /// Numbers the pages that stand for PDPTE registers.
+    registers: AtomicU64,
     /// Serialises the writers of the memory map.
     writer: Mutex<()>,
     /// Where recycling looks next.
@@ -96,6 +97,17 @@ pub(crate) struct Engine {
     pub(crate) stats: Stats,
     /// Counts of vCPUs that are gone.
     pub(crate) past: Mutex<StatsSnapshot>,
+}
+
+/// The tables that the consumer's processor walks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Levels.
+    pub(crate) levels: u8,
+    /// Highest level at which an entry may map memory.
+    pub(crate) largest: u8,
+    /// Entry of every root that belongs to the consumer: (index, value).
+    pub(crate) reserved: Option<(usize, u64)>,
 }
 
 /// What one thread brings to each operation.
@@ -120,11 +132,7 @@ impl Context {
 }
 
 impl Engine {
-    pub(crate) fn new(
-        tables: Arc<dyn Backing>,
-        reserved: Option<(usize, u64)>,
-        collector: Collector,
-    ) -> Self {
+    pub(crate) fn new(tables: Arc<dyn Backing>, shape: Shape, collector: Collector) -> Self {
         Self {
             memory: Memory::new(),
             handles: Pool::new(collector.clone()),
@@ -132,7 +140,8 @@ impl Engine {
             flush: Flush::new(),
             frames: Arc::new(Frames::new(tables)),
             pages: ConcurrentMap::new(),
-            reserved,
+            shape,
+            registers: AtomicU64::new(0),
             writer: Mutex::new(()),
             hand: hint::AtomicU32::new(0),
             shadow_generation: AtomicU64::new(0),
@@ -228,19 +237,41 @@ impl Engine {
             return None;
         }
         let mut gva = (at.index() as u64) << PAGE_SHIFT;
-        for level in 2..=LEVELS {
+        for level in 2..=self.shape.levels {
             let parent = Location::from_word(page.parents.only()?);
             page = self.frames.page(parent.frame());
             gva |= (parent.index() as u64) << shift(level);
         }
-        let unused = 64 - shift(LEVELS + 1);
-        Some(Gva(((gva << unused) as i64 >> unused) as u64))
+        Some(self.extend(gva))
+    }
+
+    /// The canonical address with these low bits, for the processor that walks the tables.
+    pub(crate) fn extend(&self, gva: u64) -> Gva {
+        let unused = 64 - shift(self.shape.levels + 1);
+        Gva(((gva << unused) as i64 >> unused) as u64)
+    }
+
+    /// Levels of the tables.
+    pub(crate) fn levels(&self) -> u8 {
+        self.shape.levels
+    }
+
+    /// Where in what the leaf entry maps an address lies, in whole pages.
+    pub(crate) fn offset_in(&self, at: Location, gva: Gva) -> u64 {
+        let level = self.frames.page(at.frame()).key().role().level();
+        gva.0 & ((1 << shift(level)) - 1) & !((1 << PAGE_SHIFT) - 1)
+    }
+
+    /// The entry of a page at this level that belongs to the consumer.
+    fn reserved_at(&self, level: u8) -> Option<(usize, u64)> {
+        self.shape.reserved.filter(|_| level == self.shape.levels)
     }
 
     /// Forgets that the entry `at` held `old`, which was present: takes it out of the reverse map
     /// of the page, or of the parents of the table, that `old` itself names (R14).
     fn unlink(&self, guard: &Guard<'_>, at: Location, old: Spte) {
-        if self.frames.page(at.frame()).key().role().level() > 1 {
+        let level = self.frames.page(at.frame()).key().role().level();
+        if level > 1 && !old.is_large() {
             if let Some(child) = self.frames.frame_at(old.machine()) {
                 self.frames.page(child).parents.remove(at.word());
             }
@@ -248,7 +279,7 @@ impl Engine {
         // entry seen by now can map.
         } else if let Some(page) = self.memory.load(guard).by_machine(old.machine()) {
             self.took(page, old);
-            if let Some(rmap) = page.region().rmap.get(page.index) {
+            if let Some(rmap) = page.region().rmap_if_any(level, page.index) {
                 rmap.remove(at.word());
             }
         }

@@ -6,6 +6,7 @@ use super::flush::{Generation, Narrowing};
 use super::location::Location;
 use super::stats::Stats;
 use super::{Engine, Spte};
+use crate::addr::Machine;
 use crate::memory::{Page, Slot};
 use crate::sync::epoch::{Guard, Handle};
 use crate::sync::{Backoff, Mark, WouldDeadlock, rule};
@@ -17,7 +18,14 @@ const BLOCK: usize = 64;
 
 impl Engine {
     /// Takes the right to write the page from every entry that maps it, pending ones included.
-    pub(super) fn protect(&self, page: Page<'_>, narrowing: &mut Narrowing<'_>, stats: &Stats) {
+    pub(super) fn protect(
+        &self,
+        guard: &Guard<'_>,
+        page: Page<'_>,
+        narrowing: &mut Narrowing<'_>,
+        stats: &Stats,
+    ) {
+        self.break_blocks(guard, page, narrowing, stats);
         let Some(rmap) = page.region().rmap.get(page.index) else { return };
         let machine = page.machine();
         rmap.for_each(|word| {
@@ -40,6 +48,32 @@ impl Engine {
             self.took(page, old);
             stats.mmu_write_protected.bump_shared();
         });
+    }
+
+    /// Takes away the leaves that map the page as part of a block: what needs to know a page of its
+    /// own does not count for them. The fault that follows maps pages (R20, R21).
+    pub(super) fn break_blocks(
+        &self,
+        guard: &Guard<'_>,
+        page: Page<'_>,
+        narrowing: &mut Narrowing<'_>,
+        stats: &Stats,
+    ) {
+        for level in 2..=self.shape.largest {
+            let Some(rmap) = page.region().rmap_if_any(level, page.index) else { continue };
+            let block = self.block_of(page, level);
+            let other = |now: Spte| now.is_present() && !(now.is_large() && now.machine() == block);
+            for word in rmap.to_vec() {
+                if self.drop_entry(guard, narrowing, Location::from_word(word), other) {
+                    stats.mmu_block_broken.bump_shared();
+                }
+            }
+        }
+    }
+
+    /// Where the block that a leaf at `level` maps with the page begins.
+    pub(super) fn block_of(&self, page: Page<'_>, level: u8) -> Machine {
+        Machine(page.machine().0 & !((1 << super::shift(level)) - 1))
     }
 
     /// Clears the dirty bits of the page's entries; whether any was set.
@@ -68,14 +102,16 @@ impl Engine {
     pub(super) fn took(&self, page: Page<'_>, old: Spte) {
         // By the region, not by the slot's flags in some map: during a change of these, entries of
         // either kind are about.
-        if old.is_dirty() && page.region().uses_dirty_bits() && rule!(R11) {
+        // A block is mapped whole only where nothing is logged.
+        if old.is_dirty() && !old.is_large() && page.region().uses_dirty_bits() && rule!(R11) {
             page.region().dirty.mark(page.index);
         }
     }
 
     /// Records every entry that maps the page, changed or not.
     pub(super) fn record(&self, page: Page<'_>, narrowing: &mut Narrowing<'_>) {
-        if let Some(rmap) = page.region().rmap.get(page.index) {
+        for level in 1..=self.shape.largest {
+            let Some(rmap) = page.region().rmap_if_any(level, page.index) else { continue };
             rmap.for_each(|word| {
                 let at = Location::from_word(word);
                 narrowing.entry(at, self.gva_of(at));
@@ -84,15 +120,21 @@ impl Engine {
     }
 
     /// Protects a guest table; the generation after which no processor can write it (R1).
-    pub(super) fn protect_for(&self, page: Page<'_>, stats: &Stats) -> Generation {
+    pub(super) fn protect_for(
+        &self,
+        guard: &Guard<'_>,
+        page: Page<'_>,
+        stats: &Stats,
+    ) -> Generation {
         let mut narrowing = self.flush.narrow();
-        self.protect(page, &mut narrowing, stats);
+        self.protect(guard, page, &mut narrowing, stats);
         drop(narrowing);
         self.flush.settled(|narrowing| self.record(page, narrowing))
     }
 
     /// Calls `change` for each page of a slot that may be mapped, a few in a read section, and
-    /// returns the generation that covers what was changed by whomever.
+    /// returns the generation that covers what was changed by whomever. Blocks that are mapped whole
+    /// and have such a page are not any more.
     pub(super) fn for_mapped(
         &self,
         slot: &Arc<Slot>,
@@ -100,6 +142,7 @@ impl Engine {
         handle: &Handle,
         mut change: impl FnMut(&Guard<'_>, Page<'_>, &mut Narrowing<'_>),
     ) -> Generation {
+        self.break_all_blocks(slot, pages.clone(), handle);
         let mut mapped = slot.region().rmap.iter_range(pages);
         let mut block = [0; BLOCK];
         loop {
@@ -120,6 +163,18 @@ impl Engine {
             drop(narrowing);
             // What others have taken away and not recorded yet is recorded here.
             self.flush.met(|n| pages().for_each(|page| self.record(page, n)));
+        }
+    }
+
+    /// [`Engine::break_blocks`] for the blocks that have one of the pages.
+    fn break_all_blocks(&self, slot: &Arc<Slot>, pages: Range<usize>, handle: &Handle) {
+        let mut guard = handle.pin();
+        for (_, block, _) in slot.region().mapped_blocks(pages) {
+            let page = Page { slot, index: block.start };
+            self.break_blocks(&guard, page, &mut self.flush.narrow(), &self.stats);
+            // What others have taken away and not recorded yet is recorded here.
+            self.flush.met(|n| self.record(page, n));
+            guard.repin();
         }
     }
 

@@ -173,14 +173,19 @@ impl Engine {
                 self.zap_shadows(old, 0..old.pages() as usize, handle);
             }
             let logs = flags.dirty == DirtyMode::WriteProtect && flags.dirty != before.dirty;
-            let settled = self.for_mapped(old, 0..old.pages() as usize, handle, |_, page, n| {
-                if logs || flags.read_only && !before.read_only {
-                    self.protect(page, n, &self.stats);
-                } else if flags.dirty == DirtyMode::DirtyBits && before.dirty == DirtyMode::Off {
-                    self.clean(page, n);
-                }
-            });
+            let settled =
+                self.for_mapped(old, 0..old.pages() as usize, handle, |guard, page, n| {
+                    if logs || flags.read_only && !before.read_only {
+                        self.protect(guard, page, n, &self.stats);
+                    } else if flags.dirty == DirtyMode::DirtyBits && before.dirty == DirtyMode::Off
+                    {
+                        self.clean(page, n);
+                    }
+                });
             self.wait_acknowledged(settled);
+            if flags.dirty == DirtyMode::Off && before.dirty != DirtyMode::Off {
+                self.collapse(old, handle);
+            }
             if before.dirty == DirtyMode::DirtyBits && flags.dirty != before.dirty {
                 // R11: whoever took such an entry away has recorded it after this.
                 self.wait_for_readers(handle);
@@ -188,6 +193,25 @@ impl Engine {
             }
             Ok(())
         })
+    }
+
+    /// Tears down the tables whose pages may be mapped whole again, now that the slot's log is off.
+    fn collapse(&self, slot: &Arc<Slot>, handle: &Handle) {
+        let mut guard = handle.pin();
+        for (_, rmap) in slot.region().rmap.iter() {
+            let mut direct = None;
+            rmap.for_each(|word| {
+                let frame = Location::from_word(word).frame();
+                let role = self.frames.page(frame).key().role();
+                if role.is_direct() && role.level() == 1 {
+                    direct = Some(frame);
+                }
+            });
+            if let Some(frame) = direct.filter(|_| self.shape.largest > 1) {
+                self.zap(&guard, frame);
+            }
+            guard.repin();
+        }
     }
 
     /// Sets an alias. When this returns no processor uses what its range named before.
@@ -264,8 +288,9 @@ fn refused<R>(id: SlotId) -> impl FnOnce(WouldDeadlock) -> Result<R, SlotError> 
 mod tests {
     use super::*;
     use crate::addr::Gpa;
+    use crate::addr::LEVELS;
     use crate::memory::AllocatedMemory;
-    use crate::shadow::{Downgrade, Processor};
+    use crate::shadow::{Downgrade, Processor, Shape};
     use crate::sync::epoch::Collector;
     use crate::sync::{AtomicBool, Ordering};
     use std::sync::Arc;
@@ -290,7 +315,11 @@ mod tests {
     #[test]
     fn a_deletion_waits_for_narrowings_in_flight() {
         let tables = Arc::new(AllocatedMemory::new(1 << 20));
-        let engine = Engine::new(tables, None, Collector::new());
+        let engine = Engine::new(
+            tables,
+            Shape { levels: LEVELS, largest: 1, reserved: None },
+            Collector::new(),
+        );
         let memory = Arc::new(AllocatedMemory::new(1 << 12));
         engine.create_slot(SlotConfig::new(0, Gpa(0), memory)).unwrap();
         let slot = Arc::clone(engine.memory.snapshot().by_id(SlotId(0)).unwrap());

@@ -4,7 +4,7 @@
 //! | word | meaning |
 //! | --- | --- |
 //! | 0 | *empty* |
-//! | P = 1 | *present*: what a processor may use. U is always set. A is clear only after ageing, and D in a writable entry only where a slot's log uses dirty bits: else the processor never needs to write an entry |
+//! | P = 1 | *present*: what a processor may use; a leaf above level 1 has PS set. U is always set. A is clear only after ageing, and D in a writable entry only where a slot's log uses dirty bits: else the processor never needs to write an entry |
 //! | P = 0, kind 1 | *frozen*: the page is being torn down and no install may succeed (R5) |
 //! | P = 0, kind 2, tag | *pending*: reserved by the fault that owns the tag |
 //! | P = 0, kind 3, generation, gfn, W | *MMIO*: no memory at this guest frame, by the memory map of that generation (R9) |
@@ -19,6 +19,8 @@ const W: u64 = 1 << 1;
 const U: u64 = 1 << 2;
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
+/// A leaf above level 1.
+const PS: u64 = 1 << 7;
 const NX: u64 = 1 << 63;
 const FRAME: u64 = ((1 << 52) - 1) & !0xfff;
 
@@ -56,6 +58,16 @@ impl Spte {
         let d = if write && dirty { D } else { 0 };
         let nx = if execute { 0 } else { NX };
         Self(machine.0 & FRAME | P | U | A | w | d | nx)
+    }
+
+    /// The same for a leaf above level 1: `machine` is aligned to its size.
+    pub(crate) const fn large(self) -> Self {
+        Self(self.0 | PS)
+    }
+
+    /// Whether this is a leaf above level 1.
+    pub(crate) const fn is_large(self) -> bool {
+        self.0 & (P | PS) == P | PS
     }
 
     /// No memory at the frame, by the map of that generation.
@@ -142,7 +154,7 @@ impl Spte {
     /// Whether whoever may use `other` may use this in the same way.
     pub(crate) const fn includes(self, other: Self) -> bool {
         self.is_present()
-            && self.0 & FRAME == other.0 & FRAME
+            && self.0 & (FRAME | PS) == other.0 & (FRAME | PS)
             && (self.is_writable() || !other.is_writable())
             && (self.is_executable() || !other.is_executable())
     }

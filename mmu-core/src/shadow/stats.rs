@@ -52,6 +52,8 @@ macro_rules! counters {
 counters! {
     /// Faults that ended with an entry made or widened.
     pf_fixed,
+    /// Of these, the ones that map 2 MiB or 1 GiB.
+    pf_large,
     /// Entries made around a fault, for pages that the guest had used before.
     pte_prefetched,
     /// Faults that belong to the guest.
@@ -80,6 +82,8 @@ counters! {
     mmu_shadow_zapped,
     /// Shadow pages torn down because table frames ran out.
     mmu_recycled,
+    /// Leaves of 2 MiB or 1 GiB taken away because something inside needs pages of its own.
+    mmu_block_broken,
     /// Entries write-protected for a shadowed table or the dirty log.
     mmu_write_protected,
     /// Drains of a vCPU that found something.

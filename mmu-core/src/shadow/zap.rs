@@ -6,7 +6,7 @@ use super::flush::Generation;
 use super::frames::{ShadowPage, state};
 use super::location::{FrameId, Location};
 use super::spte::Spte;
-use crate::addr::{ENTRIES, LEVELS};
+use crate::addr::ENTRIES;
 use crate::sync::epoch::Guard;
 use crate::sync::{Ordering, fence, rule};
 use std::sync::Arc;
@@ -35,7 +35,7 @@ impl Engine {
         }
         // R5: freeze every entry, so that no install under way can succeed. A root keeps the entry
         // that belongs to the consumer: its processor may be running on it.
-        let kept = self.reserved.filter(|_| key.role().level() == LEVELS).map(|(index, _)| index);
+        let kept = self.reserved_at(key.role().level()).map(|(index, _)| index);
         let frozen = if rule!(R05) { Spte::FROZEN } else { Spte::EMPTY };
         let mut old = [Spte::EMPTY; ENTRIES];
         for (index, old) in old.iter_mut().enumerate().filter(|(index, _)| Some(*index) != kept) {
@@ -49,12 +49,10 @@ impl Engine {
         for (index, old) in old.into_iter().enumerate().rev().filter(|(_, old)| old.is_present()) {
             self.unlink(guard, Location::new(frame, index), old);
         }
-        if !key.role().is_direct() {
+        if key.role().has_home() {
             // Nothing is derived from the guest table any more: it may become writable.
             if let Some(home) = self.memory.load(guard).by_machine(page.home()) {
-                if let Some(shadows) = home.region().shadows.get(home.index) {
-                    shadows.remove(u64::from(frame.0) + 1);
-                }
+                home.region().remove_shadow(home.index, u64::from(frame.0) + 1);
             }
         }
         let generation = narrowing.finish();

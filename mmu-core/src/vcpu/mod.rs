@@ -6,20 +6,24 @@
 //! [`Vcpu::enter`] and [`Vcpu::leave`]; other threads wait for it to drain only while it is inside.
 
 mod access;
+mod roots;
 mod soft;
 
 pub use access::{AccessError, Walker};
 pub(crate) use soft::SoftProcessor;
 pub use soft::{Session, SoftExit, SoftVcpu};
 
-use crate::addr::{Gva, LEVELS, Machine};
+use crate::addr::{Gva, Machine};
 use crate::memory::DirtyRing;
-use crate::paging::{Access, BadRegisters, Fault, Illegal, PagingMode, Regs, Walk, bits};
+use crate::paging::{
+    Access, BadPdptrs, BadRegisters, Fault, Illegal, PagingMode, Regs, Walk, bits, load_pdptrs,
+};
 use crate::shadow::{
     Context, Cursor, Downgrade, Engine, FaultInfo, FrameId, Generation, Outcome, Processor, Regime,
     Stall, VcpuState, request,
 };
 use crate::sync::{Backoff, lock, rule};
+use roots::{Recent, Space};
 use std::sync::Arc;
 
 /// Why a vCPU, or new registers for it, were refused; an existing vCPU keeps the old ones.
@@ -54,6 +58,9 @@ pub enum VcpuError {
         /// vCPUs that it is enough for.
         vcpus: usize,
     },
+    /// The PDPTE registers cannot be loaded: #GP(0).
+    #[error(transparent)]
+    Pdptrs(#[from] BadPdptrs),
     /// The root table would lie in no memslot.
     #[error("CR3 {cr3:#x} points at no memslot")]
     RootOutside {
@@ -104,6 +111,7 @@ pub struct Vcpu {
     mode: PagingMode,
     /// Roots in use, for the supervisor and for the user.
     roots: [Option<FrameId>; 2],
+    recent: Recent,
     /// The root that the processor was last told to run on. It stays on it, for drains too, until
     /// it is told another: R19.
     loaded: Option<FrameId>,
@@ -134,6 +142,7 @@ impl Vcpu {
             regs,
             mode,
             roots: [None; 2],
+            recent: Recent::default(),
             loaded: None,
             stale: false,
             stall: None,
@@ -148,7 +157,8 @@ impl Vcpu {
         &self.regs
     }
 
-    /// Loads registers; translations made under the old ones are not used any more.
+    /// Loads registers; translations made under the old ones are not used any more. The PDPTE registers
+    /// are loaded as given.
     ///
     /// # Errors
     ///
@@ -168,7 +178,8 @@ impl Vcpu {
     /// [`VcpuError::Gp`] where the processor raises #GP(0); the others where this engine cannot
     /// follow. The old value stays.
     pub fn set_cr0(&mut self, cr0: u64) -> Result<(), VcpuError> {
-        self.set_regs(self.regs.with_cr0(cr0)?)
+        let regs = self.regs.with_cr0(cr0)?;
+        self.load_pdptrs(regs, self.regs.reloads_pdptrs(&regs))
     }
 
     /// MOV to CR3: another address space. Whether translations of its PCID are to be kept
@@ -179,7 +190,18 @@ impl Vcpu {
     ///
     /// As [`Vcpu::set_cr0`]; [`VcpuError::RootOutside`] if the table lies in no memslot.
     pub fn set_cr3(&mut self, cr3: u64) -> Result<(), VcpuError> {
-        self.set_regs(self.regs.with_cr3(cr3)?.regs)
+        let regs = self.regs.with_cr3(cr3)?.regs;
+        self.load_pdptrs(regs, regs.is_pae())
+    }
+
+    /// Loads registers, and before that the PDPTE registers if `reload`s (SDM vol. 3, 5.4.1).
+    fn load_pdptrs(&mut self, mut regs: Regs, reload: bool) -> Result<(), VcpuError> {
+        if reload {
+            let guard = self.context.handle.pin();
+            let map = self.engine.memory.load(&guard);
+            regs.pdptrs = load_pdptrs(map, &self.context.hint, &regs)?;
+        }
+        self.set_regs(regs)
     }
 
     /// MOV to CR4.
@@ -188,7 +210,8 @@ impl Vcpu {
     ///
     /// As [`Vcpu::set_cr0`].
     pub fn set_cr4(&mut self, cr4: u64) -> Result<(), VcpuError> {
-        self.set_regs(self.regs.with_cr4(cr4)?)
+        let regs = self.regs.with_cr4(cr4)?;
+        self.load_pdptrs(regs, self.regs.reloads_pdptrs(&regs))
     }
 
     /// WRMSR to IA32_EFER.
@@ -228,6 +251,7 @@ impl Vcpu {
     pub fn fault(&mut self, gva: Gva, access: Access) -> Result<Outcome, Stall> {
         self.leave();
         self.faults += 1;
+        let gva = self.mode.cut(gva);
         let user = access.user && !access.implicit;
         loop {
             let root = self.root(user)?;
@@ -258,8 +282,18 @@ impl Vcpu {
         }
         let held = &mut self.roots[usize::from(user)];
         if held.is_none() {
-            let (stats, regime) = (&self.state.stats, Regime::of(&self.regs, user));
-            *held = self.engine.load_root(&self.context, stats, &self.mode, regime)?;
+            let (engine, context, mode) = (&self.engine, &self.context, &self.mode);
+            let regime = Regime::of(&self.regs, user);
+            let space = Space::of(mode, regime);
+            let known = self.recent.find(&space);
+            let again = known.filter(|(frame, key)| engine.hold_again(context, *frame, *key));
+            *held = match again {
+                Some((frame, _)) => Some(frame),
+                None => engine.load_root(context, &self.state.stats, mode, regime)?,
+            };
+            if let Some(root) = *held {
+                self.recent.remember(space, root, engine.key_of(root));
+            }
         }
         Ok(*held)
     }
@@ -381,20 +415,17 @@ impl Vcpu {
 fn compile(engine: &Engine, context: &Context, regs: &Regs) -> Result<PagingMode, VcpuError> {
     let mode = PagingMode::new(regs)?;
     let Regs { cr0, cr3, cr4, efer, .. } = *regs;
-    let lam = bits::CR3_LAM_U48 | bits::CR3_LAM_U57;
     let refused = [
-        (mode.levels() != LEVELS, "guest paging other than 4-level"),
+        (mode.levels() > engine.levels(), "5-level paging on shadow tables of 4 levels"),
         (cr4 & (bits::CR4_PKE | bits::CR4_PKS) != 0, "protection keys"),
-        (cr4 & bits::CR4_LAM_SUP != 0 || cr3 & lam != 0, "linear-address masking"),
     ];
     if let Some((_, what)) = refused.into_iter().find(|(refused, _)| *refused) {
         return Err(VcpuError::Unsupported { what, cr0, cr3, cr4, efer });
     }
     let guard = context.handle.pin();
-    let map = engine.memory.load(&guard);
-    match map.slot(mode.root()) {
-        Some(_) => Ok(mode),
-        None => Err(VcpuError::RootOutside { cr3 }),
+    match mode.root_is_inside(engine.memory.load(&guard)) {
+        true => Ok(mode),
+        false => Err(VcpuError::RootOutside { cr3 }),
     }
 }
 

@@ -5,7 +5,7 @@
 //! processor it walks without a read section: what keeps it right is the flush protocol alone.
 
 use super::{AccessError, Entry, Vcpu, VcpuHandle};
-use crate::addr::{Gpa, Gva, LEVELS, PAGE_SIZE};
+use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::memory::PAGE_WORDS;
 use crate::paging::{Access, Fault, Kind};
 use crate::shadow::{Downgrade, Exchange, FrameId, Location, Outcome, Processor, Stall, index};
@@ -328,6 +328,10 @@ impl Session<'_> {
     /// The host page behind an address, from the TLB, the shadow tables or a fault.
     #[inline]
     fn translate(&mut self, gva: Gva, access: Access) -> Result<Found, SoftExit> {
+        // EFLAGS.AC, which chooses the tables, does not count for these.
+        if access.implicit {
+            return Ok(Found::Emulate);
+        }
         if self.inside && !self.cpu.vcpu.cursor.has_requests() {
             let entry = &self.cpu.tlb[slot(gva)];
             let allowed = match access.kind {
@@ -414,19 +418,22 @@ impl Session<'_> {
     /// Walks the shadow tables as a processor does. `None` is a page fault.
     fn walk(&mut self, gva: Gva, access: Access) -> Option<*const AtomicU64> {
         let engine = &self.cpu.vcpu.engine;
-        let unused = 64 - crate::shadow::shift(LEVELS + 1);
-        if ((gva.0 << unused) as i64 >> unused) as u64 != gva.0 {
+        let linear = self.cpu.vcpu.mode.linear_of(gva, access)?;
+        if engine.extend(linear.0) != linear {
             return None;
         }
         let mut table = self.cpu.roots[usize::from(access.user)]?;
-        let mut entry = Location::new(table, index(gva, LEVELS));
+        let mut entry = Location::new(table, index(linear, engine.levels()));
         let mut spte = engine.entry(entry);
-        for level in (1..LEVELS).rev() {
+        for level in (1..engine.levels()).rev() {
+            if spte.is_large() {
+                break;
+            }
             if !spte.is_present() {
                 return None;
             }
             table = engine.table_at(spte.machine())?;
-            entry = Location::new(table, index(gva, level));
+            entry = Location::new(table, index(linear, level));
             spte = engine.entry(entry);
         }
         let write = access.kind == Kind::Write;
@@ -441,12 +448,17 @@ impl Session<'_> {
         let spte = engine.use_entry(entry, spte, write)?;
         // From machine address to pointer: what a processor's memory bus does.
         let guard = self.cpu.vcpu.context.handle.pin();
-        let page = engine.memory.load(&guard).by_machine(spte.machine())?;
+        let block = spte.machine().wrapping_add(engine.offset_in(entry, linear));
+        let page = engine.memory.load(&guard).by_machine(block)?;
         let first = page.index * PAGE_WORDS;
         // From the slice, not from one word: the pointer must be good for the whole page.
         let page = page.region().words().get(first..first + PAGE_WORDS)?.as_ptr();
         // A write through this translation needs no second look at the entry only if D is set.
         let write = spte.is_dirty();
+        // INVLPG and flushes name addresses without tags.
+        if linear != gva {
+            return Some(page);
+        }
         self.cpu.tlb[slot(gva)] = Translation { tag: tag(gva, access.user), page, write, execute };
         Some(page)
     }
