@@ -46,6 +46,9 @@ pub enum MemoryError {
     Kvm(#[from] KvmError),
 }
 
+/// The next larger page than 4 KiB.
+const LARGE_PAGE: u64 = 2 << 20;
+
 /// Where a guest's memory comes from. Clones give from the same.
 #[derive(Clone, Debug)]
 pub(crate) struct Memories(Arc<Shared>);
@@ -70,10 +73,20 @@ impl Memories {
     ///
     /// [`MemoryError`], which names the size; nothing is taken then.
     pub(crate) fn allocate(&self, size: u64) -> Result<Arc<dyn Backing>, MemoryError> {
+        self.allocate_for(0, size)
+    }
+
+    /// The same for memory at a guest-physical address: where there are large pages, they lie alike in
+    /// guest-physical and machine addresses, so that the engine can map them whole.
+    pub(crate) fn allocate_for(
+        &self,
+        gpa: u64,
+        size: u64,
+    ) -> Result<Arc<dyn Backing>, MemoryError> {
         if size == 0 || size % PAGE_SIZE != 0 {
             return Err(MemoryError::BadSize { size });
         }
-        let start = self.0.take(size).ok_or(MemoryError::NoAddresses { size })?;
+        let start = self.0.take(gpa, size).ok_or(MemoryError::NoAddresses { size })?;
         match self.lend(start, size) {
             Ok(lent) => Ok(Arc::new(lent)),
             Err(error) => {
@@ -100,13 +113,17 @@ impl Memories {
 
 impl Shared {
     /// Takes the first free machine addresses that are enough.
-    fn take(&self, size: u64) -> Option<u64> {
+    fn take(&self, gpa: u64, size: u64) -> Option<u64> {
+        let large = if size < LARGE_PAGE { PAGE_SIZE } else { LARGE_PAGE };
+        let fit = |a: u64| a + (gpa.wrapping_sub(a) & (large - 1));
         let mut free = lock(&self.free);
-        let (start, end) = free.iter().map(|(a, b)| (*a, *b)).find(|(a, b)| b - a >= size)?;
-        free.remove(&start);
-        if end - start > size {
-            free.insert(start + size, end);
-        }
+        let mut stretches = free.iter().map(|(a, b)| (*a, *b));
+        let fits = |&(a, b): &(u64, u64)| fit(a) <= b && b - fit(a) >= size;
+        let (from, end) = stretches.find(fits)?;
+        let start = fit(from);
+        free.remove(&from);
+        let rest = [(from, start), (start + size, end)];
+        free.extend(rest.into_iter().filter(|(a, b)| a < b));
         Some(start)
     }
 

@@ -133,7 +133,9 @@ impl Vm {
                 let (index, value) = kvm.stub_root_entry();
                 let config = Config::new(Arc::new(Tables(kvm.tables())));
                 let end = kvm.memory_limit();
-                (Some(kvm), config.reserve_root_entry(index, value), end)
+                // Every processor has pages of 2 MiB.
+                let config = config.largest_page(2 << 20).reserve_root_entry(index, value);
+                (Some(kvm), config, end)
             }
             Backend::Soft => {
                 let size = u64::from(frames) * PAGE_SIZE;
@@ -144,7 +146,7 @@ impl Vm {
         let memories = Memories::new(kvm.clone(), MEMORY_BASE..end);
         let mut vm = Self { mmu: Mmu::new(config)?, image, kvm, memories, memory: Vec::new() };
         for (n, (gpa, size)) in vm.image.layout().split(SLOTS).into_iter().enumerate() {
-            let backing = vm.new_memory(size)?;
+            let backing = vm.memories.allocate_for(gpa, size)?;
             let config = SlotConfig::new(n as u32, Gpa(gpa), Arc::clone(&backing));
             vm.mmu.create_slot(if log_dirty { config.log_dirty() } else { config })?;
             vm.memory.push(backing);

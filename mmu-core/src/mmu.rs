@@ -34,13 +34,16 @@ pub struct Config {
     pub levels: u8,
     /// Bytes of the largest page that the consumer's processor can map: 4 KiB, 2 MiB or 1 GiB.
     pub largest_page: u64,
+    /// Whether guests may write their leaf tables natively, to be compared when they flush
+    /// ([`Vcpu::invlpg`]); else each such write is emulated.
+    pub unsync: bool,
     /// The reclaimer.
     pub collector: Collector,
 }
 
 impl Config {
-    /// An engine with these tables, in 4 levels with pages of up to 1 GiB (a model's: 4 KiB), and no
-    /// reserved entry.
+    /// An engine with these tables, in 4 levels with pages of up to 1 GiB, whose guests write leaf tables
+    /// natively (in a model: pages of 4 KiB, and every such write emulated), and no reserved entry.
     #[must_use]
     pub fn new(tables: Arc<dyn Backing>) -> Self {
         Self {
@@ -48,6 +51,7 @@ impl Config {
             reserved_root_entry: None,
             levels: LEVELS,
             largest_page: if cfg!(loom) { PAGE_SIZE } else { 1 << 30 },
+            unsync: !cfg!(loom),
             collector: Collector::new(),
         }
     }
@@ -62,6 +66,12 @@ impl Config {
     #[must_use]
     pub fn largest_page(self, bytes: u64) -> Self {
         Self { largest_page: bytes, ..self }
+    }
+
+    /// The same with guests' writes to leaf tables native, or all emulated.
+    #[must_use]
+    pub fn unsync(self, unsync: bool) -> Self {
+        Self { unsync, ..self }
     }
 
     /// The same with an entry of every root that belongs to the consumer.
@@ -128,8 +138,14 @@ impl Mmu {
     ///
     /// [`ConfigError`], which names the value.
     pub fn new(config: Config) -> Result<Self, ConfigError> {
-        let Config { tables, reserved_root_entry: reserved, levels, largest_page, collector } =
-            config;
+        let Config {
+            tables,
+            reserved_root_entry: reserved,
+            levels,
+            largest_page,
+            unsync,
+            collector,
+        } = config;
         let frames = tables.size() / PAGE_SIZE;
         if frames < MIN_TABLE_FRAMES {
             return Err(ConfigError::TooFewFrames { frames });
@@ -148,7 +164,8 @@ impl Mmu {
             return Err(ConfigError::BadReservedEntry(index));
         }
         let bus = Arc::new(Bus::new());
-        let engine = Arc::new(Engine::new(tables, Shape { levels, largest, reserved }, collector));
+        let engine =
+            Arc::new(Engine::new(tables, Shape { levels, largest, unsync, reserved }, collector));
         Ok(Self { engine, bus })
     }
 

@@ -72,7 +72,13 @@ fn faults_of_the_guest_are_the_guests() {
 
 #[test]
 fn an_edited_entry_takes_effect_at_invlpg() {
-    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    for native in [false, true] {
+        edited_entries_take_effect(native);
+    }
+}
+
+fn edited_entries_take_effect(native: bool) {
+    let guest = Guest::with(Guest::config(256).unsync(native), 4 * MIB, 2 * MIB, false);
     let window = Gva(0x40_0000);
     guest.write(Gpa(0x1000), 0xa);
     guest.write(Gpa(0x2000), 0xb);
@@ -92,8 +98,12 @@ fn an_edited_entry_takes_effect_at_invlpg() {
         other.session().invlpg(window);
     }
     let stats = guest.mmu.stats();
-    assert_eq!(stats.mmu_pte_write, 10);
-    assert!(stats.pf_emulate >= 10 && stats.mmu_pte_zapped >= 10);
+    if native {
+        assert_eq!((stats.mmu_pte_write, stats.pf_emulate, stats.mmu_unsync), (0, 0, 1));
+    } else {
+        assert!(stats.mmu_pte_write == 10 && stats.pf_emulate >= 10, "{stats:?}");
+    }
+    assert!(stats.mmu_pte_zapped >= 10);
     guest.audit();
 }
 
@@ -303,7 +313,8 @@ fn stress_everything_at_once() {
     let sum: u64 = (0..VCPUS).map(|id| guest.read(Gpa(0x7f_0000 + id * 8))).sum();
     assert_eq!(sum, total.load(Ordering::Relaxed));
     let stats = guest.mmu.stats();
-    assert!(stats.mmu_pte_write > 100 && stats.mmu_shadow_zapped > 100, "{stats:?}");
+    assert!(stats.mmu_unsync > 20 && stats.mmu_synced > 2, "{stats:?}");
+    assert!(stats.mmu_pte_zapped > 100 && stats.mmu_shadow_zapped > 100, "{stats:?}");
 }
 
 #[test]
@@ -355,8 +366,6 @@ fn what_the_shadow_cannot_follow_is_refused() {
     for regs in [
         Regs { cr4: long.cr4 | bits::CR4_PKE, ..long },
         Regs { cr4: long.cr4 | bits::CR4_LA57, ..long },
-        Regs { cr3: long.cr3 | bits::CR3_LAM_U48, ..long },
-        Regs { cr0: 1, cr4: 0, efer: 0, ..long },
     ] {
         let error = guest.mmu.create_soft_vcpu(regs).unwrap_err();
         assert!(matches!(error, VcpuError::Unsupported { .. }), "{error}");

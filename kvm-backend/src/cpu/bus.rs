@@ -108,7 +108,11 @@ impl Memory for &mut Vcpu {
         Ok(Vcpu::set_cr3(self, cr3).map_err(|_| Exception::gp(0))?)
     }
 
-    fn invalidate(&mut self, _gva: Option<Gva>) {
+    fn invalidate(&mut self, gva: Option<Gva>) {
+        match gva {
+            Some(gva) => Vcpu::invlpg(self, gva),
+            None => Vcpu::flush(self),
+        }
         Vcpu::invalidate(self);
     }
 }

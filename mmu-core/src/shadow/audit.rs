@@ -78,6 +78,14 @@ pub enum Disagreement {
         /// How often it should.
         present: usize,
     },
+    /// A table is, or points at, one that the guest writes natively, and a table above does not know.
+    #[error("frame {frame} is not in sync, and frame {above} above does not know: R33")]
+    Unmarked {
+        /// Frame of the table.
+        frame: u32,
+        /// Frame of the table above.
+        above: u32,
+    },
     /// The count of guest tables in a block is wrong.
     #[error(
         "the block at {machine:#x}, for a leaf at level {level}, counts {counted} shadowed guest tables"
@@ -176,10 +184,16 @@ impl Audit<'_> {
             let owner = home.machine().0;
             self.expect("shadows", owner, Location::from_word(u64::from(frame.0) + 1));
         }
+        if let Some(above) = self.engine.unmarked(frame) {
+            return Err(Disagreement::Unmarked { frame: frame.0, above: above.0 });
+        }
         for index in 0..ENTRIES {
             let at = Location::new(frame, index);
             let spte = self.engine.entry(at);
             if spte == Spte::EMPTY || self.engine.is_reserved(frame, index) {
+                continue;
+            }
+            if spte.is_mmio() && self.engine.is_unsync(frame) {
                 continue;
             }
             if spte.is_mmio() && role.level() == 1 {
@@ -196,6 +210,11 @@ impl Audit<'_> {
             let protected = page.protected.load(Ordering::Relaxed) == PROTECTED.0;
             let wrong = if !protected {
                 Some("its guest table is not write-protected yet")
+            } else if self.engine.is_unsync(frame) {
+                // What the guest wrote there natively counts from its next flush on.
+                self.report.sptes += 1;
+                self.expect(rmap_of(1), spte.machine().0, at);
+                None
             } else if role.level() > 1 && !spte.is_large() {
                 self.table(at, spte, key)
             } else {
@@ -364,7 +383,9 @@ impl Audit<'_> {
         if let Some(shadows) = page.region().shadows.get(page.index) {
             shadows.for_each(|frame| {
                 let shadow = self.engine.frames.page(FrameId((frame - 1) as u32));
+                let word = FrameId((frame - 1) as u32);
                 protected |= shadow.key().role().is_indirect()
+                    && !self.engine.is_written_natively(word)
                     && shadow.protected.load(Ordering::Relaxed) == PROTECTED.0;
             });
         }

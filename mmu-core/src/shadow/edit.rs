@@ -7,6 +7,10 @@ use crate::memory::{DirtyRing, MemoryMap, exchange_masked};
 use crate::sync::epoch::Guard;
 use crate::sync::{AtomicU64, Ordering, fence, rule};
 
+/// So many emulated writes to a guest table, with no fault through it, and it is taken for data: its
+/// shadow goes, and writes to it are native (KVM's write-flooding count).
+const FLOOD: u32 = if cfg!(loom) { u32::MAX } else { 3 };
+
 /// A compare-and-exchange of 1, 2, 4 or 8 bytes within an aligned 8-byte word.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Exchange {
@@ -101,8 +105,16 @@ impl Engine {
                 let mut narrowing = None;
                 for frame in shadows.to_vec() {
                     let frame = FrameId((frame - 1) as u32);
-                    let role = self.frames.page(frame).key().role();
+                    let page = self.frames.page(frame);
+                    let role = page.key().role();
                     if !role.is_indirect() {
+                        continue;
+                    }
+                    // R18: a root in use stays.
+                    if page.count_write() > FLOOD && page.roots.load(Ordering::Relaxed) == 0 {
+                        if self.zap(guard, frame).is_some() {
+                            stats.mmu_flooded.bump();
+                        }
                         continue;
                     }
                     for index in role.derived_from(bytes.clone()) {
@@ -110,6 +122,7 @@ impl Engine {
                         let spte = self.entry(entry);
                         if matches!(spte, Spte::EMPTY | Spte::FROZEN)
                             || self.is_reserved(frame, index)
+                            || self.still_derives(map, frame, entry, spte)
                         {
                             continue;
                         }
@@ -122,6 +135,18 @@ impl Engine {
             }
             at = page_end;
         }
+    }
+
+    /// Whether what was written leaves the entry right.
+    fn still_derives(&self, map: &MemoryMap, frame: FrameId, at: Location, spte: Spte) -> bool {
+        let key = self.frames.page(frame).key();
+        let gpa = key.gfn().gpa().wrapping_add(key.role().guest_offset(at.index()));
+        let word = map.page(key.gfn()).and_then(|page| page.word(gpa.page_offset()));
+        // Acquire: of two stores to the entry, who sees the later one drops for both.
+        word.is_some_and(|word| {
+            let guest = key.role().format().entry_of(word.load(Ordering::Acquire), gpa);
+            self.derives(map, key, guest, spte)
+        })
     }
 
     /// Whether the entry belongs to the consumer.

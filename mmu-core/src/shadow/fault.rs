@@ -21,6 +21,7 @@ use super::location::{FrameId, Location};
 use super::role::{Key, Regime};
 use super::spte::Spte;
 use super::stats::Stats;
+use super::unsync::Link;
 use super::{Context, Engine, index};
 use crate::addr::{ENTRIES, Gfn, Gpa, Gva, INDEX_BITS};
 use crate::memory::{DirtyMode, MemoryMap, Page};
@@ -88,6 +89,8 @@ pub(crate) struct FaultInfo<'v> {
     pub(crate) root: FrameId,
     pub(crate) gva: Gva,
     pub(crate) access: Access,
+    /// The same fault came again and again (R25): a write is to be emulated.
+    pub(crate) emulate: bool,
 }
 
 /// One attempt at one fault.
@@ -365,16 +368,31 @@ impl Attempt<'_> {
                 self.split(child, walk);
             }
             let spte = Spte::table(engine.frames.machine(child));
-            let fresh = || {
+            let mut link = Link::Good;
+            let mut fresh = || {
                 // R17: the child may have been marked since; who marks it walks its parents, this
                 // entry included, after a fence.
                 // R35: a direct page that may be written stands for D in the guest's large entry.
                 let writable = direct && key.role().writes();
                 // R19: nor may it be obsolete.
-                (!rule!(R17) || engine.is_current(child)) && self.unchanged(step, writable)
+                let fresh =
+                    (!rule!(R17) || engine.is_current(child)) && self.unchanged(step, writable);
+                if fresh {
+                    link = engine.mark_link(self.guard, self.map, self.stats, (page, child));
+                }
+                fresh && matches!(link, Link::Good)
             };
             if self.publish(at, old, Some(&below.parents), || fresh().then_some(spte)) {
+                if below.link_again() {
+                    self.context.relinked.set(true);
+                }
                 return Ok(child);
+            }
+            match link {
+                Link::Good => {}
+                // Another shadow of the same guest table begins in sync.
+                Link::Crowded => engine.zap_one(self.guard, child),
+                Link::Stale(generation) => return Err(Retry::Stall(Stall::Flush(generation))),
             }
             return Err(Retry::Again);
         }
@@ -411,7 +429,7 @@ impl Attempt<'_> {
         let host_allows = rule!(R07) || page.is_writable();
         let entry_for = || {
             let allowed_now = page.is_writable() || !rule!(R07);
-            let tables = level == 1 && region.is_shadowed(index);
+            let tables = level == 1 && region.is_shadowed(index) && engine.is_guarded(page);
             let writable = may_write && host_allows && allowed_now && !tables;
             let dirty = write || dirty != DirtyMode::DirtyBits;
             // A write that cannot be let through is emulated instead.
@@ -427,8 +445,9 @@ impl Attempt<'_> {
             self.stats.pf_emulate.bump();
             Ok(Outcome::Emulate { gpa: walk.gpa })
         };
-        // No entry lets code be fetched that may not be read: such instructions are emulated.
-        if !allowed.read {
+        // No entry lets code be fetched that may not be read: such instructions are emulated. R25: so
+        // are writes that get nowhere.
+        if !allowed.read || self.info.emulate && write {
             return refused();
         }
         let at = Location::new(table, super::index(self.info.gva, level));
@@ -439,7 +458,13 @@ impl Attempt<'_> {
             if old == Spte::FROZEN {
                 return Err(Retry::Again);
             }
-            let Some(wanted) = entry_for() else { return refused() };
+            let Some(wanted) = entry_for() else {
+                let native = write && may_write && page.is_writable();
+                if native && engine.desync(page, self.stats) {
+                    return Err(Retry::Again);
+                }
+                return refused();
+            };
             // R7: the host may have taken the page away, or the right to write it. R20: a guest table
             // may have got a shadow inside the block.
             let fresh = || {

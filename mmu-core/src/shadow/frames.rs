@@ -46,10 +46,19 @@ pub(crate) struct ShadowPage {
     pub(crate) protected: AtomicU64,
     /// Entries that point at the page.
     pub(crate) parents: LocationSet,
+    /// Of a leaf table: whether the guest may be writing to its guest table unseen
+    /// ([`super::unsync`]).
+    pub(crate) unsync: AtomicU64,
+    /// Of the others: tables that it points at and that are, or point at, such a table.
+    pub(crate) below: LocationSet,
+    /// Emulated writes to its guest table since a fault passed through.
+    writes: hint::AtomicU32,
     /// vCPUs that have the page as root (R19).
     pub(crate) roots: AtomicU32,
     /// Shadow generation it was made in: with an older one than the engine's it is obsolete (R19).
     born: AtomicU64,
+    /// It has been linked before: processors may remember entries of it.
+    linked: hint::AtomicBool,
     /// A fault has passed through since recycling last looked.
     young: hint::AtomicBool,
     /// Flush generation that must have been drained before the frame is reused.
@@ -66,8 +75,12 @@ impl Default for ShadowPage {
             state: AtomicU32::new(state::FREE),
             protected: AtomicU64::new(UNPROTECTED.0),
             parents: LocationSet::default(),
+            unsync: AtomicU64::new(0),
+            below: LocationSet::default(),
+            writes: hint::AtomicU32::new(0),
             roots: AtomicU32::new(0),
             born: AtomicU64::new(0),
+            linked: hint::AtomicBool::new(false),
             young: hint::AtomicBool::new(false),
             retired: AtomicU64::new(0),
             next: AtomicU32::new(NONE),
@@ -95,6 +108,23 @@ impl ShadowPage {
         if !self.young.load(Ordering::Relaxed) {
             self.young.store(true, Ordering::Relaxed);
         }
+        if self.writes.load(Ordering::Relaxed) != 0 {
+            self.writes.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes that it is linked; whether it was before.
+    pub(crate) fn link_again(&self) -> bool {
+        self.linked.load(Ordering::Relaxed) || {
+            self.linked.store(true, Ordering::Relaxed);
+            false
+        }
+    }
+
+    /// Counts an emulated write to the guest table; how many there were since a fault passed through.
+    pub(crate) fn count_write(&self) -> u32 {
+        // Relaxed: a hint that the guest uses the table as data.
+        self.writes.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Whether a fault has passed through since the last call.
@@ -305,6 +335,13 @@ impl Frames {
         page.home.store(home.0, Ordering::Relaxed);
         page.born.store(born, Ordering::Relaxed);
         page.young.store(true, Ordering::Relaxed);
+        page.writes.store(0, Ordering::Relaxed);
+        page.linked.store(false, Ordering::Relaxed);
+        page.unsync.store(0, Ordering::Relaxed);
+        // What its last page left behind: nobody adds to that any more.
+        page.below.to_vec().into_iter().for_each(|child| {
+            page.below.remove(child);
+        });
         page.protected.store(UNPROTECTED.0, Ordering::Relaxed);
         // Release publishes the key to `is_live`.
         page.state.store(state::LIVE, Ordering::Release);

@@ -17,6 +17,7 @@
 mod age;
 mod around;
 mod audit;
+mod derive;
 mod dirty;
 mod edit;
 mod fault;
@@ -32,6 +33,7 @@ mod role;
 mod slots;
 mod spte;
 mod stats;
+mod unsync;
 mod zap;
 
 pub use audit::{AuditReport, Disagreement};
@@ -106,6 +108,8 @@ pub(crate) struct Shape {
     pub(crate) levels: u8,
     /// Highest level at which an entry may map memory.
     pub(crate) largest: u8,
+    /// Whether guests may write leaf tables natively.
+    pub(crate) unsync: bool,
     /// Entry of every root that belongs to the consumer: (index, value).
     pub(crate) reserved: Option<(usize, u64)>,
 }
@@ -120,6 +124,9 @@ pub(crate) struct Context {
     /// the same time have the same tag.
     id: u64,
     tags: Cell<u64>,
+    /// A table that was linked before has been linked again: the processor may remember entries of it
+    /// that have changed meanwhile, and must hear of that before it uses the link.
+    pub(crate) relinked: Cell<bool>,
 }
 
 impl Context {
@@ -169,8 +176,9 @@ impl Engine {
         }
         seats[id] = true;
         self.apply_quota(&lock(&self.quota), &seats);
-        let (handle, hint, tags) = (self.collector.register(), Hint::default(), Cell::new(0));
-        Some(Context { handle, hint, id: id as u64, tags })
+        let (handle, hint) = (self.collector.register(), Hint::default());
+        let (tags, relinked) = (Cell::new(0), Cell::new(false));
+        Some(Context { handle, hint, id: id as u64, tags, relinked })
     }
 
     /// The vCPU with this context is gone.

@@ -5,7 +5,7 @@
 //! A page's lifecycle is never part of its identity (R14, R18).
 
 use crate::addr::{ENTRIES, Gfn};
-use crate::paging::{EntryFormat, Regs, bits};
+use crate::paging::{Allowed, EntryFormat, Regs, bits};
 use core::ops::Range;
 
 const LEVEL: u32 = 0;
@@ -101,6 +101,32 @@ impl Role {
     pub(crate) const fn child(self, write: bool, user: bool, execute: bool) -> Self {
         let below = Self(self.0 & !(7 << LEVEL) | (self.level() as u32 - 1) << LEVEL);
         below.with_access(write, user, execute)
+    }
+
+    /// The table below, reached through a guest's entry.
+    pub(crate) const fn through(self, guest: u64) -> Self {
+        self.child(
+            self.writes() && guest & bits::RW != 0,
+            self.user() && guest & bits::US != 0,
+            // Without EFER.NXE bit 63 is reserved, and an entry that has it leads nowhere.
+            self.executes() && guest & bits::NX == 0,
+        )
+    }
+
+    /// What the privilege may do with a page that a guest's entry maps (SDM vol. 3, 5.6).
+    pub(crate) const fn allows(self, guest: u64) -> Allowed {
+        let (write, user) = (self.writes() && guest & bits::RW != 0, guest & bits::US != 0);
+        let (user, execute) = (self.user() && user, self.executes() && guest & bits::NX == 0);
+        let regime = self.regime();
+        if regime.is_user() {
+            return Allowed { read: user, write: user && write, execute: user && execute };
+        }
+        let read = !(user && regime.0 & Regime::SMAP != 0);
+        Allowed {
+            read,
+            write: read && (write || !regime.write_protects()),
+            execute: execute && !(user && regime.0 & Regime::SMEP != 0),
+        }
     }
 
     /// The table behind entry `index` of an upper page: another, or a guest table.

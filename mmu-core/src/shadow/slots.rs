@@ -317,7 +317,7 @@ mod tests {
         let tables = Arc::new(AllocatedMemory::new(1 << 20));
         let engine = Engine::new(
             tables,
-            Shape { levels: LEVELS, largest: 1, reserved: None },
+            Shape { levels: LEVELS, largest: 1, unsync: true, reserved: None },
             Collector::new(),
         );
         let memory = Arc::new(AllocatedMemory::new(1 << 12));

@@ -74,6 +74,12 @@ counters! {
     mmu_pte_write,
     /// Entries dropped because a guest write changed what they were made from.
     mmu_pte_zapped,
+    /// Shadows of former guest tables that were torn down because the guest writes other data there.
+    mmu_flooded,
+    /// Leaf tables that the guest began to write natively.
+    mmu_unsync,
+    /// Such tables that were found unchanged and protected again.
+    mmu_synced,
     /// Shadow pages made.
     mmu_cache_miss,
     /// Shadow pages made by two faults at once, of which one was dropped.

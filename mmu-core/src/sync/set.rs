@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A multiset of nonzero words whose common cases, none and one, fit in one word.
 //!
-//! It holds where a page is mapped (rmap), where a shadow page is linked (parents) and which shadow
-//! pages shadow a guest frame. Bit 0 of the word is a lock that serialises updates and scans (R15).
+//! It holds where a page is mapped (rmap), where a shadow page is linked (parents), which shadow
+//! pages shadow a guest frame, and which children of a shadow page may be out of date (below). Bit 0 of the word is a lock that serialises updates and scans (R15).
 //! It is held for the update or scan alone: never across guest memory, an allocation, a callback
 //! or a flush. [`LocationSet::is_empty`] and [`LocationSet::only`] take no lock.
 
@@ -57,12 +57,26 @@ impl LocationSet {
 
     /// Adds one copy of `value`, which must be neither 0 nor above [`MAX_LOCATION`].
     pub(crate) fn add(&self, value: u64) {
+        self.insert(value, false);
+    }
+
+    /// The same unless there is one already; whether it was added.
+    pub(crate) fn add_once(&self, value: u64) -> bool {
+        self.insert(value, true)
+    }
+
+    fn insert(&self, value: u64, once: bool) -> bool {
         debug_assert!(value != 0 && value <= MAX_LOCATION);
         let mut spare = None;
         loop {
             let word = self.lock();
             if word == 0 {
-                return self.unlock(value << 2);
+                self.unlock(value << 2);
+                return true;
+            }
+            if once && Self::find(word, |other| other == value) {
+                self.unlock(word);
+                return false;
             }
             if word & LIST != 0 {
                 // SAFETY: LIST says that the rest is a pointer from `Box::into_raw` below, and the
@@ -79,7 +93,8 @@ impl LocationSet {
                     room
                 });
                 if stored {
-                    return self.unlock(word);
+                    self.unlock(word);
+                    return true;
                 }
             }
             let Some(cell) = spare.take() else {
@@ -101,13 +116,25 @@ impl LocationSet {
                 block.values[block.used] = value;
                 block.used += 1;
             });
-            return self.unlock(Box::into_raw(cell) as u64 | LIST);
+            self.unlock(Box::into_raw(cell) as u64 | LIST);
+            return true;
         }
     }
 
     /// Removes one copy of `value`; whether there was one.
     pub(crate) fn remove(&self, value: u64) -> bool {
+        self.remove_if(value, || true)
+    }
+
+    /// The same if `unneeded` says so under the lock: who adds the value before it was asked has made
+    /// it see what for, who adds it after it adds it again. `unneeded` is as short as the callback of
+    /// [`LocationSet::for_each`].
+    pub(crate) fn remove_if(&self, value: u64, unneeded: impl FnOnce() -> bool) -> bool {
         let word = self.lock();
+        if !unneeded() {
+            self.unlock(word);
+            return false;
+        }
         if word & LIST == 0 {
             let found = word == value << 2 && word != 0;
             self.unlock(if found { 0 } else { word });
@@ -163,23 +190,40 @@ impl LocationSet {
     /// allocate, call back or lock.
     pub(crate) fn for_each(&self, mut f: impl FnMut(u64)) {
         let word = self.lock();
-        if word & LIST == 0 {
-            if word != 0 {
-                f(word >> 2);
-            }
-        } else {
-            let mut at = Self::list(word);
-            while !at.is_null() {
-                // SAFETY: as in `remove`.
-                at = unsafe { &*at }.0.with_mut(|block| {
-                    // SAFETY: the lock is held.
-                    let block = unsafe { &*block };
-                    block.values[..block.used].iter().for_each(|v| f(*v));
-                    block.next
-                });
-            }
-        }
+        Self::find(word, |value| {
+            f(value);
+            false
+        });
         self.unlock(word);
+    }
+
+    /// Whether one of the values is there.
+    pub(crate) fn any(&self, is: impl FnMut(u64) -> bool) -> bool {
+        !self.is_empty() && {
+            let word = self.lock();
+            let found = Self::find(word, is);
+            self.unlock(word);
+            found
+        }
+    }
+
+    /// Whether a value of the set, whose lock is held, `is` what is looked for.
+    fn find(word: u64, mut is: impl FnMut(u64) -> bool) -> bool {
+        if word & LIST == 0 {
+            return word != 0 && is(word >> 2);
+        }
+        let mut at = Self::list(word);
+        let mut found = false;
+        while !at.is_null() && !found {
+            // SAFETY: as in `remove_if`.
+            at = unsafe { &*at }.0.with_mut(|block| {
+                // SAFETY: the lock is held.
+                let block = unsafe { &*block };
+                found = block.values[..block.used].iter().any(|value| is(*value));
+                block.next
+            });
+        }
+        found
     }
 
     /// Takes the last value of the list's first block out, to fill the hole that a removal in
@@ -201,7 +245,7 @@ impl LocationSet {
     /// Unlocks a list whose first block may have become empty; frees that block.
     fn finish(&self, word: u64) {
         let head = Self::list(word);
-        // SAFETY: as in `remove`.
+        // SAFETY: as in `remove_if`.
         let (used, next) = unsafe { &*head }.0.with_mut(|block| {
             // SAFETY: the lock is held.
             let block = unsafe { &*block };
@@ -309,6 +353,20 @@ mod tests {
         assert_eq!(copy.len(), oracle.values().sum::<usize>());
         assert!(copy.into_iter().all(|value| set.remove(value)));
         assert!(set.is_empty() && set.to_vec().is_empty());
+    }
+
+    #[test]
+    fn a_value_is_added_once_and_removed_if_unneeded() {
+        let set = LocationSet::default();
+        for value in 1..=40 {
+            assert!(set.add_once(value) && !set.add_once(value) && !set.add_once(1));
+        }
+        assert!(!set.remove_if(7, || false) && set.any(|value| value == 7));
+        assert!(set.remove_if(7, || true) && !set.any(|value| value == 7));
+        assert_eq!(contents(&set).len(), 39);
+        assert!(contents(&set).values().all(|copies| *copies == 1));
+        assert!((1..=40).filter(|value| set.remove(*value)).count() == 39 && set.is_empty());
+        assert!(!set.any(|_| true));
     }
 
     #[test]

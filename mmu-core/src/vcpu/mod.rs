@@ -116,6 +116,7 @@ pub struct Vcpu {
     /// it is told another: R19.
     loaded: Option<FrameId>,
     faults: u64,
+    repeats: Repeats,
     /// The next entry drains.
     stale: bool,
     /// What is waited for, and how long already.
@@ -148,6 +149,7 @@ impl Vcpu {
             stall: None,
             wait: Backoff::default(),
             faults: 0,
+            repeats: Repeats::default(),
         })
     }
 
@@ -223,6 +225,26 @@ impl Vcpu {
         self.set_regs(self.regs.with_efer(efer)?)
     }
 
+    /// INVLPG: what was derived for the address, from tables that the guest writes natively, is what
+    /// they say now (SDM vol. 3, 5.10.4.1; KVM's `kvm_mmu_invlpg`). Waits for nobody; costs one load
+    /// for each root where no table below it is written natively. A processor that does not carry out
+    /// INVLPG itself on the shadow tables needs [`Vcpu::invalidate`] besides.
+    pub fn invlpg(&mut self, gva: Gva) {
+        // Tags do not count (SDM chapter 4): such an address is not canonical, and nothing happens.
+        if let Some(gva) = self.mode.linear_of(gva, Access::execute()) {
+            for root in self.roots.into_iter().flatten() {
+                self.engine.sync_address(&self.context, &self.state.stats, root, gva);
+            }
+        }
+    }
+
+    /// The same for all addresses (MOV to CR3 of the same value, INVPCID, a change of CR4.PGE).
+    pub fn flush(&mut self) {
+        for root in self.roots.into_iter().flatten() {
+            self.engine.sync_root(&self.context, &self.state.stats, root);
+        }
+    }
+
     /// The guest has executed an invalidation (INVLPG, INVPCID, MOV to CR3) that the processor does not
     /// carry out itself on the shadow tables: the next entry hands out everything that was taken away
     /// until now, other vCPUs' edits included. A processor whose own invalidation reaches its
@@ -267,8 +289,11 @@ impl Vcpu {
                 }
             };
             let regime = Regime::of(&self.regs, user);
-            let info = FaultInfo { mode, regime, root, gva, access };
-            return self.engine.fault(&self.context, &self.state.stats, &info);
+            let emulate = self.repeats.is_stuck(gva, access);
+            let info = FaultInfo { mode, regime, root, gva, access, emulate };
+            let outcome = self.engine.fault(&self.context, &self.state.stats, &info);
+            self.stale |= self.context.relinked.take();
+            return outcome;
         }
     }
 
@@ -292,6 +317,8 @@ impl Vcpu {
                 None => engine.load_root(context, &self.state.stats, mode, regime)?,
             };
             if let Some(root) = *held {
+                // What a load of CR3 flushes.
+                engine.sync_root(context, &self.state.stats, root);
                 self.recent.remember(space, root, engine.key_of(root));
             }
         }
@@ -408,6 +435,25 @@ impl Vcpu {
         let guard = self.context.handle.pin();
         let map = self.engine.memory.load(&guard);
         self.mode.translate(map, &self.context.hint, gva, access)
+    }
+}
+
+/// The same fault, again and again (R25).
+#[derive(Debug, Default)]
+struct Repeats {
+    last: Option<(Gva, Access)>,
+    times: u32,
+}
+
+impl Repeats {
+    /// Whether this fault came so often in a row that what it asks for is better emulated than mapped.
+    fn is_stuck(&mut self, gva: Gva, access: Access) -> bool {
+        const MOST: u32 = 16;
+        if self.last.replace((gva, access)) != Some((gva, access)) {
+            self.times = 0;
+        }
+        self.times += 1;
+        self.times % MOST == 0
     }
 }
 

@@ -122,6 +122,13 @@ impl SoftVcpu {
                 *slot = Translation::NONE;
             }
         }
+        self.vcpu.invlpg(gva);
+    }
+
+    /// Forgets all translations, as a load of CR3 does.
+    pub fn flush(&mut self) {
+        self.flush_all();
+        self.vcpu.flush();
     }
 
     /// Goes inside the guest for a number of accesses. While the session lives, other threads that
@@ -237,7 +244,7 @@ impl Session<'_> {
 
     /// Forgets all translations, as a load of CR3 does.
     pub fn flush(&mut self) {
-        self.cpu.flush_all();
+        self.cpu.flush();
     }
 
     /// Goes outside until the next access.

@@ -27,7 +27,16 @@ impl Guest {
     /// `size` bytes of memory, of which page tables take the frames from `tables` on, and
     /// `frames` shadow table frames.
     pub fn new(size: u64, tables: u64, frames: u64, log_dirty: bool) -> Self {
-        let mmu = Mmu::new(Config::new(Arc::new(AllocatedMemory::new(frames * PAGE)))).unwrap();
+        Self::with(Self::config(frames), size, tables, log_dirty)
+    }
+
+    /// What `new` makes its engine of.
+    pub fn config(frames: u64) -> Config {
+        Config::new(Arc::new(AllocatedMemory::new(frames * PAGE)))
+    }
+
+    pub fn with(config: Config, size: u64, tables: u64, log_dirty: bool) -> Self {
+        let mmu = Mmu::new(config).unwrap();
         let slot = SlotConfig::new(0, Gpa(0), Arc::new(AllocatedMemory::new(size)));
         mmu.create_slot(if log_dirty { slot.log_dirty() } else { slot }).unwrap();
         Self { mmu, next: AtomicU64::new(tables + PAGE), root: Gpa(tables) }
