@@ -89,7 +89,9 @@ impl Attempt<'_> {
             let writable = may_write && page.is_writable() && !region.is_shadowed(index);
             let dirty = log != DirtyMode::DirtyBits;
             let entry = Spte::page(page.machine(), writable, allowed.execute, dirty).aged();
-            let granted = !region.invalid.covers(index) && self.unchanged(step, writable);
+            let entry = entry.granting_write(allowed.write && walk.dirty);
+            let unchanged = self.unchanged(step, entry.grants_write());
+            let granted = !region.invalid.covers(index) && unchanged;
             granted.then_some(entry)
         };
         if self.publish(at, Spte::EMPTY, Some(region.rmap.get_or_alloc(index)), fresh) {

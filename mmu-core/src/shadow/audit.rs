@@ -356,15 +356,16 @@ impl Audit<'_> {
         if spte.is_executable() && !rights.executes() {
             return Some("is executable, the guest's entries are not");
         }
+        if spte.grants_write() && !(granted && dirty) {
+            return Some("says that the guest's entries grant writing, they do not");
+        }
         if !spte.is_writable() {
             return None;
         }
         let log = page.slot.flags().dirty;
         let unlogged = log == DirtyMode::WriteProtect && !page.region().dirty.is_dirty(page.index);
-        if !granted {
-            Some("is writable, the guest's entries are not")
-        } else if !dirty {
-            Some("is writable, the guest's entry is not dirty")
+        if !spte.grants_write() {
+            Some("is writable, the guest's entries do not say so")
         } else if self.is_protected_table(page) {
             Some("is writable, but maps a shadowed guest table")
         } else if !page.is_writable() {

@@ -28,7 +28,7 @@ impl Engine {
                 spte.is_present()
                     && map.page(gpa.gfn()).is_some_and(|page| page.machine() == spte.machine())
                     && allowed.read
-                    && (may_write || !spte.is_writable())
+                    && (may_write || !spte.is_writable() && !spte.grants_write())
                     && (allowed.execute || !spte.is_executable())
             }
             Entry::Table(gpa) => {

@@ -113,20 +113,22 @@ impl Engine {
     ) -> Result<Outcome, Stall> {
         let mut guard = context.handle.pin();
         self.sweep_step(&guard);
-        if let Some(gpa) = self.known_mmio(self.memory.load(&guard), info) {
-            stats.pf_mmio.bump();
-            stats.mmio_cached.bump();
-            return Ok(Outcome::Mmio { gpa });
-        }
-        for _ in 0..RESTARTS {
-            let attempt = Attempt {
-                engine: self,
-                context,
-                stats,
-                guard: &guard,
-                map: self.memory.load(&guard),
-                info,
-            };
+        let known = match self.is_current(info.root) && !info.access.implicit {
+            true => self.leaf_at(info.root, info.gva),
+            false => None,
+        };
+        let mut attempts = 0;
+        while attempts < RESTARTS {
+            let map = self.memory.load(&guard);
+            let attempt = Attempt { engine: self, context, stats, guard: &guard, map, info };
+            // The whole way, unless what is there already says what to do.
+            let short = known.filter(|_| attempts == 0);
+            if let Some(outcome) =
+                short.and_then(|at| attempt.known_mmio(at).or_else(|| attempt.repair(at)))
+            {
+                return Ok(outcome);
+            }
+            attempts += 1;
             match attempt.run() {
                 Ok(outcome) => return Ok(outcome),
                 Err(Retry::Again) => stats.pf_restart.bump(),
@@ -435,6 +437,7 @@ impl Attempt<'_> {
             // A write that cannot be let through is emulated instead.
             (writable || !write).then(|| {
                 let entry = Spte::page(machine, writable, allowed.execute, dirty);
+                let entry = entry.granting_write(allowed.write && walk.dirty);
                 if level > 1 { entry.large() } else { entry }
             })
         };
@@ -474,7 +477,7 @@ impl Attempt<'_> {
                 };
                 let entry = entry_for().filter(|_| !taken)?;
                 // R35: by what is published, which may have become writable since `wanted` was made.
-                self.unchanged(step, entry.is_writable()).then_some(entry)
+                self.unchanged(step, entry.grants_write()).then_some(entry)
             };
             if old.includes(wanted) {
                 if write {
@@ -531,7 +534,7 @@ impl Attempt<'_> {
         }
     }
 
-    fn mark_dirty(&self, page: Page<'_>) {
+    pub(super) fn mark_dirty(&self, page: Page<'_>) {
         page.mark_dirty(self.context.hint.ring());
     }
 
@@ -577,7 +580,7 @@ impl Attempt<'_> {
 
     /// Replaces a present entry by one for the same page with more rights. Translations cached from
     /// the old one stay right, so nothing is flushed unless the publication fails.
-    fn widen(
+    pub(super) fn widen(
         &self,
         at: Location,
         old: Spte,

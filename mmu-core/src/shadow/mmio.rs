@@ -7,36 +7,28 @@
 //! fault could take one from before a change and the other from after it. When the generations of
 //! the entries have all been used, everything is zapped ([`Engine::publish`]).
 
-use super::fault::{Attempt, FaultInfo, Retry};
+use super::fault::{Attempt, Outcome, Retry};
+use super::index;
 use super::location::{FrameId, Location};
 use super::spte::Spte;
-use super::{Engine, index};
-use crate::addr::Gpa;
-use crate::memory::MemoryMap;
 use crate::paging::{Kind, Step, Walk};
 use crate::sync::rule;
 
-impl Engine {
-    /// The guest-physical address, if the shadow knows that there is no memory.
-    pub(super) fn known_mmio(&self, map: &MemoryMap, info: &FaultInfo<'_>) -> Option<Gpa> {
-        // The entry says nothing of instruction fetches, nor of accesses that SMAP treats otherwise.
-        let apart = info.access.kind == Kind::Execute || info.access.implicit;
-        if apart || !self.is_current(info.root) {
+impl Attempt<'_> {
+    /// What the entry `at`, to which the access leads, says of it, if it says that there is no memory.
+    pub(super) fn known_mmio(&self, at: Location) -> Option<Outcome> {
+        let access = self.info.access;
+        let (gfn, write) = self.engine.entry(at).mmio_frame(self.map.generation())?;
+        // The entry says nothing of instruction fetches.
+        if access.kind == Kind::Execute || access.kind == Kind::Write && !write {
             return None;
         }
-        let mut table = info.root;
-        for level in (2..=self.levels()).rev() {
-            let entry = self.entry(Location::new(table, index(info.gva, level)));
-            table = entry.is_present().then(|| self.table_at(entry.machine()))??;
-        }
-        let entry = self.entry(Location::new(table, index(info.gva, 1)));
-        let (gfn, write) = entry.is_mmio().then(|| entry.mmio_frame(map.generation())).flatten()?;
-        let allowed = write || info.access.kind != Kind::Write;
-        allowed.then(|| gfn.gpa().wrapping_add(info.gva.page_offset()))
+        self.stats.pf_mmio.bump();
+        self.stats.mmio_cached.bump();
+        let gpa = gfn.gpa().wrapping_add(self.info.gva.page_offset());
+        Some(Outcome::Mmio { gpa })
     }
-}
 
-impl Attempt<'_> {
     /// Remembers that by this map there is no memory at the walk's end.
     pub(super) fn note_mmio(
         &self,

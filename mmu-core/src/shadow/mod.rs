@@ -29,6 +29,7 @@ mod make;
 mod mmio;
 mod protect;
 mod reclaim;
+mod repair;
 mod role;
 mod slots;
 mod spte;

@@ -19,6 +19,8 @@ const W: u64 = 1 << 1;
 const U: u64 = 1 << 2;
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
+/// Left to software (SDM vol. 3, 5.5.4): the guest's entries grant writing.
+const GRANTS_WRITE: u64 = 1 << 9;
 /// A leaf above level 1.
 const PS: u64 = 1 << 7;
 const NX: u64 = 1 << 63;
@@ -121,6 +123,21 @@ impl Spte {
         self.0 & (P | NX) == P
     }
 
+    /// The same, for a guest whose entries grant writing or do not, whether the entry may or not.
+    pub(crate) const fn granting_write(self, grants: bool) -> Self {
+        Self(self.0 | if grants { GRANTS_WRITE } else { 0 })
+    }
+
+    /// Whether the guest's entries grant writing.
+    pub(crate) const fn grants_write(self) -> bool {
+        self.0 & (P | GRANTS_WRITE) == P | GRANTS_WRITE
+    }
+
+    /// The same with the right to write, written through.
+    pub(crate) const fn writable(self) -> Self {
+        Self(self.0 | W | A | D)
+    }
+
     /// The same without the right to write.
     pub(crate) const fn write_protected(self) -> Self {
         Self(self.0 & !(W | D))
@@ -201,5 +218,9 @@ mod tests {
         assert!(!rw.includes(Spte::page(Machine(0x6000), false, false, true)));
         assert!(!Spte::EMPTY.includes(ro));
         assert_eq!(rw.write_protected(), ro);
+        let granting = rw.granting_write(true);
+        assert!(granting.write_protected().grants_write() && !ro.grants_write());
+        assert_eq!(granting.write_protected().writable(), granting);
+        assert!(rw.includes(granting) && !Spte::EMPTY.granting_write(true).grants_write());
     }
 }

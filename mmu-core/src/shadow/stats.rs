@@ -52,7 +52,9 @@ macro_rules! counters {
 counters! {
     /// Faults that ended with an entry made or widened.
     pf_fixed,
-    /// Of these, the ones that map 2 MiB or 1 GiB.
+    /// Of these, the ones that only made an entry writable again, without a walk.
+    pf_fast,
+    /// Of the fixed ones, those that map 2 MiB or 1 GiB.
     pf_large,
     /// Entries made around a fault, for pages that the guest had used before.
     pte_prefetched,
