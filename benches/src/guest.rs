@@ -117,8 +117,17 @@ impl Memory {
     ///
     /// What the engine says.
     pub fn engine_in(&self, tables: Arc<AllocatedMemory>) -> Result<Mmu, Failure> {
-        let frames = tables.size() / PAGE;
-        let mmu = Mmu::new(Config::new(tables)).map_err(Failure::in_step("engine"))?;
+        self.engine_of(Config::new(tables))
+    }
+
+    /// An engine of this kind with this memory, and all of its table memory in use.
+    ///
+    /// # Errors
+    ///
+    /// What the engine says.
+    pub fn engine_of(&self, config: Config) -> Result<Mmu, Failure> {
+        let frames = config.tables.size() / PAGE;
+        let mmu = Mmu::new(config).map_err(Failure::in_step("engine"))?;
         // The default is a share of the memory, and guests of the bench have little.
         mmu.set_nr_mmu_pages(frames).map_err(Failure::in_step("quota"))?;
         mmu.create_slot(self.slot()).map_err(Failure::in_step("slot"))?;

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Several vCPUs that allocate 1 MiB, touch it and free it, again and again.
 //!
-//! Guests edit their own tables: each store to one faults and is emulated, as on hardware. What a
-//! vCPU does between faults is to enter the guest, which makes it drain what others dropped. The
-//! regime's lock is held for each fault and each emulated store, and for nothing else.
+//! Guests edit their own tables. As the engine comes, the first store to a leaf table faults, and those
+//! that follow are native: what the guest then does, and the engine with it, is INVLPG. With
+//! `Config::unsync` off (P1) each store faults and is emulated. What a vCPU does between faults is to
+//! enter the guest, which makes it drain what it was asked to. The regime's lock is held for each fault,
+//! each emulated store and each INVLPG, and for nothing else.
 
 use crate::cpu::{Work, together};
 use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
@@ -11,7 +13,9 @@ use crate::guest::{LEAF, MIB, Memory, PAGE, regs};
 use crate::measure::{Effort, Samples, Variant, calibrate, interleave, per_operation, undisturbed};
 use crate::regime::{Brief, Regime, Vm};
 use crate::rows::threads::needs_two;
+use mmu_core::Config;
 use mmu_core::addr::Gva;
+use mmu_core::memory::AllocatedMemory;
 use mmu_core::paging::Access;
 use mmu_core::shadow::{Outcome, Stall};
 use mmu_core::vcpu::{Entry, Vcpu};
@@ -38,6 +42,15 @@ enum Layout {
     OneRange,
 }
 
+/// How guests' stores to their leaf tables are carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// By the processor, but for the first.
+    Native,
+    /// By the engine.
+    Emulated,
+}
+
 /// One vCPU with its range.
 struct Lane {
     vcpu: Vcpu,
@@ -47,6 +60,11 @@ struct Lane {
     data: u64,
     cycles: u64,
     layout: Layout,
+    /// The guest-physical address of the leaf table.
+    table: u64,
+    /// Whether the table may be written natively now.
+    native: bool,
+    kind: Kind,
 }
 
 impl Lane {
@@ -84,9 +102,20 @@ impl Lane {
     /// The guest stores to an entry of its own table.
     fn store_entry(&mut self, vm: &Vm, page: u64, entry: u64) -> Result<(), Failure> {
         let gva = self.window + page * 8;
-        match self.fault(vm, gva)? {
-            Outcome::Emulate { .. } => {}
-            other => return Err(Failure::new(format!("store to a table: {other:?}"))),
+        if !self.native {
+            match (self.fault(vm, gva)?, self.kind) {
+                (Outcome::Emulate { .. }, Kind::Emulated) => {}
+                (Outcome::Fixed, Kind::Native) => self.native = true,
+                (other, _) => return Err(Failure::new(format!("store to a table: {other:?}"))),
+            }
+        }
+        if self.native {
+            self.memory.word(self.table + page * 8).store(entry, Ordering::Release);
+            if entry == 0 {
+                let gva = Gva(self.range + page * PAGE);
+                vm.exclusive(|| self.vcpu.invlpg(gva));
+            }
+            return self.resume();
         }
         let bytes = entry.to_le_bytes();
         let written = vm.exclusive(|| self.vcpu.write(Gva(gva), &bytes, true));
@@ -111,14 +140,27 @@ impl Lane {
     /// Allocate, touch, free.
     fn cycle(&mut self, vm: &Vm) -> Result<(), Failure> {
         self.cycles += 1;
+        let data = self.data;
+        let map = |page: u64| (data + page * PAGE) | LEAF;
+        if self.kind == Kind::Emulated {
+            // Between the stores the table is used, or it would be taken for data.
+            for page in 0..PAGES {
+                self.store_entry(vm, page, map(page))?;
+                self.touch(vm, page)?;
+            }
+            for page in 0..PAGES {
+                self.store_entry(vm, page, 0)?;
+                self.fault(vm, self.range + 511 * PAGE)?;
+            }
+            return Ok(());
+        }
         for page in 0..PAGES {
-            self.store_entry(vm, page, (self.data + page * PAGE) | LEAF)?;
+            self.store_entry(vm, page, map(page))?;
         }
         for page in 0..PAGES {
             self.touch(vm, page)?;
         }
         for page in 0..PAGES {
-            // INVLPG is the entry at the end of each store.
             self.store_entry(vm, page, 0)?;
         }
         Ok(())
@@ -134,23 +176,28 @@ struct Setup {
 
 impl Setup {
     /// `lanes` vCPUs on one engine.
-    fn one(layout: Layout, regime: Regime, lanes: usize) -> Result<Self, Failure> {
-        let (vm, lanes) = Self::vm(layout, regime, lanes as u64)?;
+    fn one(layout: Layout, kind: Kind, regime: Regime, lanes: usize) -> Result<Self, Failure> {
+        let (vm, lanes) = Self::vm(layout, kind, regime, lanes as u64)?;
         Ok(Self { vms: vec![vm], lanes: RefCell::new(lanes), layout })
     }
 
     /// `lanes` engines with one vCPU each.
-    fn private(layout: Layout, lanes: usize) -> Result<Self, Failure> {
+    fn private(layout: Layout, kind: Kind, lanes: usize) -> Result<Self, Failure> {
         let (mut vms, mut all) = (Vec::new(), Vec::new());
         for _ in 0..lanes {
-            let (vm, lanes) = Self::vm(layout, Regime::Rcu, 1)?;
+            let (vm, lanes) = Self::vm(layout, kind, Regime::Rcu, 1)?;
             vms.push(vm);
             all.extend(lanes);
         }
         Ok(Self { vms, lanes: RefCell::new(all), layout })
     }
 
-    fn vm(layout: Layout, regime: Regime, lanes: u64) -> Result<(Vm, Vec<Lane>), Failure> {
+    fn vm(
+        layout: Layout,
+        kind: Kind,
+        regime: Regime,
+        lanes: u64,
+    ) -> Result<(Vm, Vec<Lane>), Failure> {
         // Each lane's data with a page more, then the tables.
         let stride = MIB + PAGE;
         let mut memory = Memory::new(lanes * (stride + 16 * PAGE) + MIB, lanes * stride);
@@ -165,15 +212,19 @@ impl Setup {
             memory.map(root, window, table);
             // A page that stays mapped, so that the table is shadowed from the beginning on.
             memory.map(root, range + 511 * PAGE, data + MIB);
-            plans.push((root, range, window, data));
+            plans.push((root, range, window, data, table));
         }
-        let vm = Vm::new(memory.engine(64 + 16 * lanes)?, regime);
+        let tables = Arc::new(AllocatedMemory::new((64 + 16 * lanes) * PAGE));
+        let config = Config::new(tables).unsync(kind == Kind::Native);
+        let vm = Vm::new(memory.engine_of(config)?, regime);
         let mut made = Vec::new();
-        for (root, range, window, data) in plans {
+        for (root, range, window, data, table) in plans {
             let vcpu = vm.mmu().create_vcpu(Arc::new(Brief), regs(root));
             let vcpu = vcpu.map_err(Failure::in_step("vCPU"))?;
             let memory = memory.clone();
-            let mut lane = Lane { vcpu, memory, range, window, data, cycles: 0, layout };
+            let (cycles, native) = (0, false);
+            let mut lane =
+                Lane { vcpu, memory, range, window, data, cycles, layout, table, native, kind };
             let outcome = lane.fault(&vm, range + 511 * PAGE)?;
             check_eq("first fault", outcome, Outcome::Fixed)?;
             made.push(lane);
@@ -203,8 +254,13 @@ impl Setup {
                 Layout::OneRange => 1,
                 _ => (lanes.len() / self.vms.len()) as u64,
             };
-            // All that is left are the pages that stay mapped.
-            check_eq("shadow entries", audit.sptes, ranges)?;
+            // All that is left are the pages that stay mapped, and the tables that are written natively.
+            let windows = match (lanes[0].kind, self.layout) {
+                (Kind::Emulated, _) => 0,
+                (_, Layout::OneRange) => (lanes.len() / self.vms.len()) as u64,
+                _ => ranges,
+            };
+            check_eq("shadow entries", audit.sptes, ranges + windows)?;
         }
         for lane in lanes.iter().filter(|_| self.layout != Layout::OneRange) {
             for page in 0..PAGES {
@@ -219,13 +275,13 @@ impl Setup {
 /// Measures `lanes` vCPUs under each regime beside `private`, and adds a figure for each.
 fn measure(
     effort: &Effort,
-    layout: Layout,
+    (layout, kind): (Layout, Kind),
     lanes: usize,
     figures: [(&'static str, &'static str, Option<Goal>); 3],
     found: &mut Found,
 ) -> Result<Samples, Failure> {
     let effort = &if lanes == 2 { effort.short() } else { *effort };
-    let private = Setup::private(layout, lanes)?;
+    let private = Setup::private(layout, kind, lanes)?;
     // The total is the same however many vCPUs share it.
     let passes = {
         let lane = &mut private.lanes.borrow_mut()[0];
@@ -234,7 +290,7 @@ fn measure(
     let cycles = (2 * passes / lanes as u64).max(1);
     let mut setups = vec![("private", private)];
     for regime in Regime::ALL {
-        setups.push((regime.name(), Setup::one(layout, regime, lanes)?));
+        setups.push((regime.name(), Setup::one(layout, kind, regime, lanes)?));
     }
     let variants = setups.iter().map(|(name, setup)| -> Variant<'_> {
         let run = move |_| match lanes {
@@ -280,7 +336,7 @@ impl Row for Private {
             ("F2.rwlock", "the same under rwlock", None),
             ("F2.mutex", "the same under mutex", None),
         ];
-        let samples = measure(effort, Layout::OwnTables, 2, figures, &mut found)?;
+        let samples = measure(effort, (Layout::OwnTables, Kind::Native), 2, figures, &mut found)?;
         found.plots.push(("F2: a page allocated, touched, freed", "ns, both together", samples));
         Ok(found)
     }
@@ -309,7 +365,7 @@ impl Row for Shared {
             ("F3.rwlock", "the same under rwlock", None),
             ("F3.mutex", "the same under mutex", None),
         ];
-        let samples = measure(effort, Layout::OwnRange, 2, figures, &mut found)?;
+        let samples = measure(effort, (Layout::OwnRange, Kind::Native), 2, figures, &mut found)?;
         found.plots.push(("F3: the same, one address space", "ns, both together", samples));
         Ok(found)
     }
@@ -348,21 +404,73 @@ impl Row for Contended {
             ("F4.rwlock", "the same under rwlock", None),
             ("F4.mutex", "the same under mutex", None),
         ];
-        let samples = measure(effort, Layout::OneRange, 2, figures, &mut found)?;
+        let samples = measure(effort, (Layout::OneRange, Kind::Native), 2, figures, &mut found)?;
         found.plots.push(("F4: the same, one range", "ns, both together", samples));
         let figures = [
             ("F4.v8", "8 vCPU threads, own tables", None),
             ("F4.v8.rwlock", "the same under rwlock", None),
             ("F4.v8.mutex", "the same under mutex", None),
         ];
-        measure(effort, Layout::OwnTables, 8, figures, &mut found)?;
+        measure(effort, (Layout::OwnTables, Kind::Native), 8, figures, &mut found)?;
         let figures = [
             ("F4.v32", "32 vCPU threads, own tables", None),
             ("F4.v32.rwlock", "the same under rwlock", None),
             ("F4.v32.mutex", "the same under mutex", None),
         ];
-        let samples = measure(effort, Layout::OwnTables, 32, figures, &mut found)?;
+        let samples = measure(effort, (Layout::OwnTables, Kind::Native), 32, figures, &mut found)?;
         found.plots.push(("F4: 32 vCPU threads", "ns, all together", samples));
+        Ok(found)
+    }
+}
+
+/// P1.
+#[derive(Debug)]
+pub struct Emulated;
+
+impl Row for Emulated {
+    fn id(&self) -> &'static str {
+        "P1"
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        &[
+            "P1",
+            "P1.rwlock",
+            "P1.mutex",
+            "P1.v8",
+            "P1.v8.rwlock",
+            "P1.v8.mutex",
+            "P1.v32",
+            "P1.v32.rwlock",
+            "P1.v32.mutex",
+        ]
+    }
+
+    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        if let Some(outcomes) = needs_two(self.figures()) {
+            return Ok(Found { outcomes, ..found });
+        }
+        let what = (Layout::OwnTables, Kind::Emulated);
+        let figures = [
+            ("P1", "two vCPUs' emulated table writes, with touches", Some(Goal::AtLeast(0.9))),
+            ("P1.rwlock", "the same under rwlock", None),
+            ("P1.mutex", "the same under mutex", None),
+        ];
+        let samples = measure(effort, what, 2, figures, &mut found)?;
+        found.plots.push(("P1: a page mapped, touched, unmapped", "ns, both together", samples));
+        let figures = [
+            ("P1.v8", "the same, 8 vCPU threads", None),
+            ("P1.v8.rwlock", "the same under rwlock", None),
+            ("P1.v8.mutex", "the same under mutex", None),
+        ];
+        measure(effort, what, 8, figures, &mut found)?;
+        let figures = [
+            ("P1.v32", "the same, 32 vCPU threads", None),
+            ("P1.v32.rwlock", "the same under rwlock", None),
+            ("P1.v32.mutex", "the same under mutex", None),
+        ];
+        measure(effort, what, 32, figures, &mut found)?;
         Ok(found)
     }
 }
@@ -373,15 +481,20 @@ mod tests {
 
     #[test]
     fn every_layout_under_every_regime_ends_clean() {
-        for layout in [Layout::OwnTables, Layout::OwnRange, Layout::OneRange] {
+        let layouts = [Layout::OwnTables, Layout::OwnRange, Layout::OneRange];
+        let all = layouts.map(|layout| (layout, Kind::Native));
+        for (layout, kind) in all.into_iter().chain([(Layout::OwnTables, Kind::Emulated)]) {
             for regime in Regime::ALL {
-                let setup = Setup::one(layout, regime, 2).unwrap();
+                let setup = Setup::one(layout, kind, regime, 2).unwrap();
                 setup.sample(2).unwrap();
                 setup.verify().unwrap();
                 let stats = setup.vms[0].mmu().stats();
-                assert!(stats.mmu_pte_write >= 4 * PAGES, "{layout:?} {regime:?} {stats:?}");
+                let native = stats.mmu_unsync > 0 && stats.mmu_pte_write == 0;
+                let emulated = stats.mmu_pte_write >= 4 * PAGES && stats.mmu_unsync == 0;
+                let expected = if kind == Kind::Native { native } else { emulated };
+                assert!(expected, "{layout:?} {regime:?} {stats:?}");
             }
-            let setup = Setup::private(layout, 2).unwrap();
+            let setup = Setup::private(layout, kind, 2).unwrap();
             setup.sample(1).unwrap();
             setup.verify().unwrap();
         }

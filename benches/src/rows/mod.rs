@@ -6,6 +6,7 @@ mod change;
 mod crowd;
 mod cycle;
 mod dirty;
+mod edit;
 mod fault;
 mod garbage;
 mod kvm;
@@ -37,6 +38,8 @@ pub fn all() -> Vec<Box<dyn Row>> {
         Box::new(cycle::Private),
         Box::new(cycle::Shared),
         Box::new(cycle::Contended),
+        Box::new(cycle::Emulated),
+        Box::new(edit::Edits),
         Box::new(soft::TlbHit),
         Box::new(change::Slots),
         Box::new(dirty::Harvest),
