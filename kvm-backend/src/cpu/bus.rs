@@ -5,7 +5,7 @@ use super::Crash;
 use crate::emu::{Bus, Exception, MAX_INSN, Stop};
 use mmu_core::Mmu;
 use mmu_core::addr::{Gpa, Gva, PAGE_SIZE};
-use mmu_core::paging::{Access, Regs as ControlRegs, bits};
+use mmu_core::paging::{Access, Invpcid, Regs as ControlRegs, bits};
 use mmu_core::vcpu::{AccessError, Session, SoftExit, Vcpu};
 
 /// What stops an instruction from outside.
@@ -76,6 +76,7 @@ pub(super) trait Memory {
     fn regs(&self) -> &ControlRegs;
     fn set_cr3(&mut self, cr3: u64) -> Result<(), Stop<Halted>>;
     fn invalidate(&mut self, gva: Option<Gva>);
+    fn invpcid(&mut self, what: Invpcid);
 }
 
 /// Through the guest's own tables: single instructions for a vCPU that the processor runs. What the
@@ -113,6 +114,11 @@ impl Memory for &mut Vcpu {
             Some(gva) => Vcpu::invlpg(self, gva),
             None => Vcpu::flush(self),
         }
+        Vcpu::invalidate(self);
+    }
+
+    fn invpcid(&mut self, what: Invpcid) {
+        Vcpu::invpcid(self, what);
         Vcpu::invalidate(self);
     }
 }
@@ -155,6 +161,10 @@ impl Memory for Inside<'_> {
             Some(gva) => self.session.invlpg(gva),
             None => self.session.flush(),
         }
+    }
+
+    fn invpcid(&mut self, what: Invpcid) {
+        self.session.invpcid(what);
     }
 }
 
@@ -232,6 +242,12 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
             self.memory.set_cr3(value)?;
         }
         self.memory.invalidate(None);
+        Ok(())
+    }
+
+    fn invpcid(&mut self, kind: u64, descriptor: [u64; 2]) -> Result<(), Stop<Halted>> {
+        let what = Invpcid::decode(kind, descriptor, self.memory.regs());
+        self.memory.invpcid(what.map_err(|_| Exception::gp(0))?);
         Ok(())
     }
 

@@ -16,7 +16,8 @@ pub use soft::{Session, SoftExit, SoftVcpu};
 use crate::addr::{Gva, Machine};
 use crate::memory::DirtyRing;
 use crate::paging::{
-    Access, BadPdptrs, BadRegisters, Fault, Illegal, PagingMode, Regs, Walk, bits, load_pdptrs,
+    Access, BadPdptrs, BadRegisters, Fault, Illegal, Invpcid, PagingMode, Regs, Walk, bits,
+    load_pdptrs,
 };
 use crate::shadow::{
     Context, Cursor, Downgrade, Engine, FaultInfo, FrameId, Generation, Outcome, Processor, Regime,
@@ -238,7 +239,29 @@ impl Vcpu {
         }
     }
 
-    /// The same for all addresses (MOV to CR3 of the same value, INVPCID, a change of CR4.PGE).
+    /// INVPCID, as [`Invpcid::decode`] understood it. Contexts other than the one in use are brought up
+    /// to date when their CR3 is loaded, whether or not that load keeps their translations.
+    pub fn invpcid(&mut self, what: Invpcid) {
+        let current = match self.regs.cr4 & bits::CR4_PCIDE {
+            0 => 0,
+            _ => (self.regs.cr3 & bits::CR3_PCID) as u16,
+        };
+        match what {
+            Invpcid::Address { pcid, gva } if pcid == current => self.invlpg(gva),
+            Invpcid::Context { pcid } if pcid == current => self.flush(),
+            Invpcid::Address { .. } | Invpcid::Context { .. } => {}
+            Invpcid::All | Invpcid::AllButGlobal => self.flush(),
+        }
+    }
+
+    /// Gives up the roots in use; the next entry or fault loads them again, up to date (KVM's
+    /// `kvm_mmu_reset_context`). For what changes outside the registers how addresses are translated.
+    pub fn reset_context(&mut self) {
+        self.release_roots();
+        self.stale = true;
+    }
+
+    /// As [`Vcpu::invlpg`] for all addresses (MOV to CR3 of the same value, a change of CR4.PGE).
     pub fn flush(&mut self) {
         for root in self.roots.into_iter().flatten() {
             self.engine.sync_root(&self.context, &self.state.stats, root);

@@ -7,7 +7,7 @@
 use super::{AccessError, Entry, Vcpu, VcpuHandle};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::memory::PAGE_WORDS;
-use crate::paging::{Access, Fault, Kind};
+use crate::paging::{Access, Fault, Invpcid, Kind};
 use crate::shadow::{Downgrade, Exchange, FrameId, Location, Outcome, Processor, Stall, index};
 use crate::sync::{AtomicU64, Backoff, Ordering};
 use core::fmt;
@@ -240,6 +240,12 @@ impl Session<'_> {
     /// INVLPG.
     pub fn invlpg(&mut self, gva: Gva) {
         self.cpu.invlpg(gva);
+    }
+
+    /// INVPCID: forgets all translations.
+    pub fn invpcid(&mut self, what: Invpcid) {
+        self.cpu.flush_all();
+        self.cpu.vcpu.invpcid(what);
     }
 
     /// Forgets all translations, as a load of CR3 does.
