@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One vCPU's shadow faults: leaf entries are missing, the tables above them are there.
 //!
-//! Between rounds, outside the timed part, the guest's tables are written once more with what they
-//! hold. The shadow cannot know that nothing changed and drops the leaf entries made from them.
+//! Between rounds, outside the timed part, the guest's tables are cleared, which drops the leaf entries
+//! made from them, and written again.
 //!
 //! A fault also maps the neighbours of its page that the guest has used before, those whose entries
 //! are in one cache line with its own. So the guest's pages are a line apart, and a fault makes one
@@ -71,8 +71,10 @@ impl Guest {
                 let word = self.memory.word(table + n as u64 * 8).load(Ordering::Relaxed);
                 chunk.copy_from_slice(&word.to_le_bytes());
             }
-            let written = self.vm.mmu().write_phys(Gpa(*table), &bytes);
-            check_eq("bytes of a table", written, bytes.len())?;
+            for bytes in [[0; PAGE as usize], bytes] {
+                let written = self.vm.mmu().write_phys(Gpa(*table), &bytes);
+                check_eq("bytes of a table", written, bytes.len())?;
+            }
         }
         Ok(())
     }
