@@ -18,7 +18,7 @@
 //! | [`paging`] | the guest's page tables: formats, walks, rights, error codes |
 //! | [`shadow`] | shadow entries, faults, flushes, audit |
 //! | [`vcpu`] | vCPUs, the emulator's accessors, the software vCPU |
-//! | [`mmio`] | the device bus |
+//! | [`mmio`] | the device buses |
 //!
 //! Modules depend on those above them only. [`Mmu`] is the VM-wide handle, [`vcpu::Vcpu`] belongs to
 //! one thread.
@@ -50,7 +50,7 @@
 //!
 //! It is confined to: `sync` (lists and snapshots behind raw pointers), `memory` and
 //! `shadow::frames` (guest and table memory as slices of atomics), `vcpu::soft` (the TLB's pointers
-//! into guest memory).
+//! into guest memory), `mmio` (tables and devices that are used without being counted).
 
 pub mod addr;
 pub mod memory;

@@ -6,7 +6,7 @@ use crate::memory::{
     Alias, AliasError, Backing, DirtyPage, MemoryMap, PinnedPage, Slot, SlotConfig, SlotError,
     SlotFlags, SlotId,
 };
-use crate::mmio::Bus;
+use crate::mmio::{Bus, CoalescedRing, Space};
 use crate::paging::Regs;
 use crate::shadow::{
     AuditReport, Disagreement, Engine, Invalidation, MIN_FRAMES, PageRange, Processor, QuotaError,
@@ -120,15 +120,20 @@ pub enum ConfigError {
 /// | [`Mmu::invalidate`] | changes of the map under way, vCPUs inside the guest |
 /// | [`Mmu::set_host_writable`] | vCPUs inside the guest |
 /// | [`Mmu::synchronize`] | readers, vCPUs inside the guest |
+/// | [`Initiator`](crate::mmio::Initiator)s of [`Mmu::bus`] and [`Mmu::ports`] | nobody, apart from the device itself |
+/// | [`Bus::register`], [`Bus::remove`] and the like | other changes of that bus, look-ups on it; never a device |
+/// | [`Removal::wait`](crate::mmio::Removal::wait) | accesses inside the device |
 ///
 /// A thread that is inside the guest with its vCPU, or holds a [`Walker`](crate::vcpu::Walker), must
 /// not make a call that waits for vCPUs or readers. A thread that resolves faults of guest memory
 /// says so ([`Mmu::resolver`]) and is then refused by every call that waits. A thread that has begun an
-/// [`Invalidation`] is refused by the calls that wait for invalidations, and by another one.
+/// [`Invalidation`] is refused by the calls that wait for invalidations, and by another one. Threads of
+/// either kind, and those inside a device, are refused by [`Removal::wait`](crate::mmio::Removal::wait).
 #[derive(Clone, Debug)]
 pub struct Mmu {
     engine: Arc<Engine>,
-    bus: Arc<Bus>,
+    bus: Bus,
+    ports: Bus,
 }
 
 impl Mmu {
@@ -163,10 +168,11 @@ impl Mmu {
         if let Some((index, _)) = reserved.filter(|(index, _)| *index >= ENTRIES) {
             return Err(ConfigError::BadReservedEntry(index));
         }
-        let bus = Arc::new(Bus::new());
-        let engine =
-            Arc::new(Engine::new(tables, Shape { levels, largest, unsync, reserved }, collector));
-        Ok(Self { engine, bus })
+        let shape = Shape { levels, largest, unsync, reserved };
+        let engine = Arc::new(Engine::new(tables, shape, collector));
+        let ring = Arc::new(CoalescedRing::default());
+        let bus = |space| Bus::of_engine(space, Arc::clone(&ring), engine.id());
+        Ok(Self { bus: bus(Space::Mmio), ports: bus(Space::Pio), engine })
     }
 
     /// Adds a memslot. Running vCPUs see it from their next fault on.
@@ -504,10 +510,16 @@ impl Mmu {
         self.engine.frames_used()
     }
 
-    /// The device bus.
+    /// The bus of devices at guest-physical addresses.
     #[must_use]
     pub fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    /// The bus of devices at I/O ports. Both buses share one ring for coalesced writes.
+    #[must_use]
+    pub fn ports(&self) -> &Bus {
+        &self.ports
     }
 
     /// Event counts since the engine was made.

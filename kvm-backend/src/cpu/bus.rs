@@ -3,8 +3,8 @@
 
 use super::Crash;
 use crate::emu::{Bus, Exception, MAX_INSN, Stop};
-use mmu_core::Mmu;
 use mmu_core::addr::{Gpa, Gva, PAGE_SIZE};
+use mmu_core::mmio::Initiator;
 use mmu_core::paging::{Access, Invpcid, Regs as ControlRegs, bits};
 use mmu_core::vcpu::{AccessError, Session, SoftExit, Vcpu};
 
@@ -170,7 +170,7 @@ impl Memory for Inside<'_> {
 
 /// Memory, then devices. All accesses are the user's: guests run deprivileged.
 pub(super) struct GuestBus<'a, M> {
-    pub(super) mmu: &'a Mmu,
+    pub(super) devices: &'a mut Initiator,
     pub(super) memory: M,
 }
 
@@ -178,7 +178,7 @@ impl<M: Memory> GuestBus<'_, M> {
     fn read_for(&mut self, gva: u64, buf: &mut [u8], access: Access) -> Result<(), Halted> {
         match self.memory.read(Gva(gva), buf, access.user()) {
             Ok(()) => Ok(()),
-            Err(miss) => miss.or(|gpa| self.mmu.bus().read(gpa, buf)),
+            Err(miss) => miss.or(|gpa| self.devices.read(gpa.0, buf)),
         }
     }
 }
@@ -205,7 +205,7 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
     fn write(&mut self, gva: u64, bytes: &[u8]) -> Result<(), Halted> {
         match self.memory.write(Gva(gva), bytes) {
             Ok(()) => Ok(()),
-            Err(miss) => miss.or(|gpa| self.mmu.bus().write(gpa, bytes)),
+            Err(miss) => miss.or(|gpa| self.devices.write(gpa.0, bytes).is_done()),
         }
     }
 

@@ -8,6 +8,7 @@ use crate::kvm::{Downgrade, Exit, Kicker, KvmError, KvmVcpu};
 use crate::regs::Regs;
 use mmu_core::Mmu;
 use mmu_core::addr::Gva;
+use mmu_core::mmio::Initiator;
 use mmu_core::paging::{Access, Kind, Regs as ControlRegs, code};
 use mmu_core::shadow::{self, Generation, Outcome, Processor, Stall};
 use mmu_core::vcpu::{Entry, Vcpu, VcpuError, VcpuHandle};
@@ -28,6 +29,7 @@ impl Processor for KickedProcessor {
 #[derive(Debug)]
 pub struct KvmCpu {
     mmu: Mmu,
+    devices: Initiator,
     vcpu: Vcpu,
     kvm: KvmVcpu,
     cache: DecodeCache,
@@ -61,7 +63,8 @@ impl KvmCpu {
         // A software KVM remembers the tables for the VM, not for a vCPU: also what was narrowed
         // before this one was there, which no other vCPU needs to have drained.
         push(mmu, &mut kvm, shadow::Downgrade::Everything);
-        Ok(Self { mmu: mmu.clone(), vcpu, kvm, cache: DecodeCache::new(), watch })
+        let (devices, cache) = (mmu.bus().initiator(), DecodeCache::new());
+        Ok(Self { mmu: mmu.clone(), devices, vcpu, kvm, cache, watch })
     }
 
     /// Another thread's hold on the vCPU.
@@ -132,7 +135,7 @@ impl KvmCpu {
     /// Executes one instruction on the guest's behalf.
     fn emulate(&mut self) -> Result<emu::Event, Crash> {
         let mut regs = self.kvm.regs();
-        let mut bus = GuestBus { mmu: &self.mmu, memory: &mut self.vcpu };
+        let mut bus = GuestBus { devices: &mut self.devices, memory: &mut self.vcpu };
         let event = emu::step(&mut regs, &mut bus, &mut self.cache);
         self.kvm.set_regs(&regs);
         event.map_err(|stop| match stop {

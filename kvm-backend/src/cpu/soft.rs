@@ -7,6 +7,7 @@ use super::{Cpu, Crash, Event, Watch};
 use crate::emu::{self, DecodeCache, Exception, Stop};
 use crate::regs::Regs;
 use mmu_core::Mmu;
+use mmu_core::mmio::Initiator;
 use mmu_core::paging::Regs as ControlRegs;
 use mmu_core::vcpu::{SoftVcpu, VcpuError, VcpuHandle};
 
@@ -16,7 +17,7 @@ const SLICE: u64 = 1 << 16;
 /// A guest vCPU in software.
 #[derive(Debug)]
 pub struct SoftCpu {
-    mmu: Mmu,
+    devices: Initiator,
     soft: SoftVcpu,
     regs: Regs,
     cache: DecodeCache,
@@ -33,7 +34,7 @@ impl SoftCpu {
     pub fn new(mmu: &Mmu, regs: ControlRegs, watch: Watch) -> Result<Self, VcpuError> {
         let soft = mmu.create_soft_vcpu(regs)?;
         let (regs, cache) = (Regs::default(), DecodeCache::new());
-        Ok(Self { mmu: mmu.clone(), soft, regs, cache, watch, faults: 0 })
+        Ok(Self { devices: mmu.bus().initiator(), soft, regs, cache, watch, faults: 0 })
     }
 
     /// Another thread's hold on the vCPU.
@@ -56,7 +57,7 @@ impl Cpu for SoftCpu {
         loop {
             let regs = *self.soft.vcpu().regs();
             let memory = Inside { session: self.soft.session(), regs };
-            let mut bus = GuestBus { mmu: &self.mmu, memory };
+            let mut bus = GuestBus { devices: &mut self.devices, memory };
             let mut budget = SLICE;
             let event = emu::run(&mut self.regs, &mut bus, &mut self.cache, &mut budget);
             drop(bus);

@@ -141,6 +141,12 @@ impl Life {
             self.tracked.with(|_| ());
         }
     }
+
+    /// For a twin that frees too early: from now on every look is reported.
+    #[cfg(loom)]
+    pub(crate) fn end(&self) {
+        self.over.store(true, Ordering::SeqCst);
+    }
 }
 
 #[cfg(loom)]
@@ -184,7 +190,7 @@ impl<T: Snapshot> Published<T> {
         #[cfg(loom)]
         if !super::rule!(R30) {
             // The twin frees at once; the memory itself stays, so that the use is reported.
-            old.life().over.store(true, Ordering::SeqCst);
+            old.life().end();
         }
         limbo.retire(old, guard);
     }

@@ -3,7 +3,8 @@
 //!
 //! A reader may touch guest memory whose page the host has still to bring; whoever brings it must
 //! not wait for readers, nor for a vCPU that sits in such an access (R32). And whoever has begun a
-//! host invalidation must not wait for invalidations to end (R26).
+//! host invalidation must not wait for invalidations to end (R26), nor whoever is inside a device for
+//! accesses to devices to end.
 
 use core::cell::RefCell;
 use core::marker::PhantomData;
@@ -19,6 +20,9 @@ pub enum WouldDeadlock {
     /// See [`crate::Mmu::invalidate`].
     #[error("this thread has begun a host invalidation, which the call would wait for")]
     Invalidating,
+    /// See [`crate::mmio::Removal::wait`].
+    #[error("this thread is inside a device, and the call would wait for accesses to end")]
+    InDevice,
 }
 
 /// What a thread is, and for which engine.

@@ -41,12 +41,12 @@ struct NoMemory {
 }
 
 impl Device for NoMemory {
-    fn read(&self, _offset: u64, buf: &mut [u8]) {
+    fn read(&self, _base: u64, _offset: u64, buf: &mut [u8]) {
         self.reads.fetch_add(1, Ordering::Relaxed);
         buf.fill(HOLE as u8);
     }
 
-    fn write(&self, offset: u64, bytes: &[u8]) {
+    fn write(&self, _base: u64, offset: u64, bytes: &[u8]) {
         self.writes.fetch_add(1, Ordering::Relaxed);
         let lane = bytes.try_into().map(|bytes| Lane::of(u64::from_le_bytes(bytes)));
         let here = (offset / PAGE, offset % PAGE);
@@ -81,7 +81,7 @@ fn with_hosts(
     let failed = |wrong: &dyn Display| RunError::Failed(wrong.to_string());
     let device = Arc::new(NoMemory::default());
     let size = CHURN_PAGES * PAGE;
-    let registered = vm.mmu().bus().register(Gpa(CHURN_GPA), size, Arc::clone(&device) as _);
+    let registered = vm.mmu().bus().register(CHURN_GPA, size, Arc::clone(&device) as _);
     registered.map_err(|error| failed(&error))?;
     vm.image().write_stable(&mut |gpa, bytes| {
         vm.mmu().write_phys(Gpa(gpa), bytes);

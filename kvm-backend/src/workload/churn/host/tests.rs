@@ -61,7 +61,7 @@ fn the_engines_map_follows_the_hosts() {
 fn offence(lie: impl FnOnce(&mut Host<'_>) -> Result<(), String>) -> String {
     let vm = small();
     let device = Arc::new(NoMemory::default());
-    vm.mmu().bus().register(Gpa(CHURN_GPA), CHURN_PAGES * PAGE, device).unwrap();
+    vm.mmu().bus().register(CHURN_GPA, CHURN_PAGES * PAGE, device).unwrap();
     let mut host = Host::new(&vm, 0, 3);
     let _other = Host::new(&vm, 1, 3);
     while host.map.slots.len() < 4 || host.map.slots.iter().any(|s| s.flags.read_only) {
