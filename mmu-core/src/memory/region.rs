@@ -221,11 +221,14 @@ impl Region {
     /// Whether nobody hinders that a block from page `first` on is mapped whole by a leaf at `level`,
     /// for reads or for writes. Relaxed loads: the caller orders them (R7, R20).
     pub(crate) fn allows_block(&self, level: u8, first: usize) -> bool {
-        let pages = first..first + (1 << (INDEX_BITS * (u32::from(level) - 1)));
         let tables = self.tables[usize::from(level) - 2].get(self.block(level, first));
         tables.is_none_or(|tables| tables.load(Ordering::Relaxed) == 0)
-            && !self.invalid.touches(pages.clone())
-            && !self.has_host_read_only(pages)
+            && self.host_allows(first..first + (1 << (INDEX_BITS * (u32::from(level) - 1))))
+    }
+
+    /// Whether the host has neither taken any of the pages away nor made it read-only.
+    pub(crate) fn host_allows(&self, pages: Range<usize>) -> bool {
+        !self.invalid.touches(pages.clone()) && !self.has_host_read_only(pages)
     }
 
     /// The page becomes a guest table with this shadow.

@@ -3,6 +3,7 @@
 
 use super::access::Access;
 use super::descend::half;
+use super::fault::Fault;
 use super::format::{Entry, Format, FourLevel, Masks, Pae, TwoLevel, with_layout};
 use super::mode::PagingMode;
 use crate::addr::{Gpa, Gva};
@@ -74,11 +75,11 @@ impl PagingMode {
         self.entry_format.entry_of(word, at)
     }
 
-    /// The linear address that an access to `gva` translates, without its tag; `None` if it is not
-    /// canonical.
-    pub(crate) fn linear_of(&self, gva: Gva, access: Access) -> Option<Gva> {
-        with_layout!(self.format, L => self.linear::<L>(gva, access).ok().map(Gva),
-            none => Some(self.cut(gva)))
+    /// The linear address that an access to `gva` translates, without its tag; the fault if it is
+    /// not canonical.
+    pub(crate) fn linear_of(&self, gva: Gva, access: Access) -> Result<Gva, Fault> {
+        with_layout!(self.format, L => self.linear::<L>(gva, access).map(Gva),
+            none => Ok(self.cut(gva)))
     }
 
     /// The bits of a linear address that matter: 32 outside long mode.

@@ -83,6 +83,10 @@ impl Attempt<'_> {
         let (region, index) = (page.region(), page.index);
         let log = page.slot.flags().dirty;
         let allowed = self.allowed(walk);
+        // As in `install`: the fault may be a fetch of what may not be read.
+        if !allowed.read {
+            return;
+        }
         // Where a log counts on write faults there must be one.
         let may_write = allowed.write && walk.dirty && log != DirtyMode::WriteProtect;
         let fresh = || {

@@ -341,10 +341,14 @@ impl Audit<'_> {
             return Some("maps another page than the guest's entry");
         }
         self.expect(rmap_of(level), page.machine().0, at);
-        if level > 1 && !page.region().allows_block(level, page.index) {
-            return Some(
-                "maps a block with a guest table in it, or that the host has touched: R20",
-            );
+        let block = page.index..page.index + (1 << (shift(level) - PAGE_SHIFT));
+        if level > 1 && !page.region().host_allows(block.clone()) {
+            return Some("maps a block that the host has touched: R20");
+        }
+        let slot = page.slot;
+        let mut shadowed = page.region().shadows.iter_range(block);
+        if level > 1 && shadowed.any(|(index, _)| self.is_protected_table(Page { slot, index })) {
+            return Some("maps a block with a guest table in it: R20");
         }
         if page.region().invalid.covers(page.index) {
             return Some("maps a page that the host has taken away");

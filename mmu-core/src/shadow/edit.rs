@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Writes to guest memory that the engine does itself, and what they mean for the shadow.
 
-use super::{Engine, FrameId, Location, Spte, Stats};
+use super::{Engine, FrameId, Location, Role, Spte, Stats};
 use crate::addr::{Gpa, PAGE_SIZE};
 use crate::memory::{DirtyRing, MemoryMap, exchange_masked};
+use crate::paging::{PagingMode, Path};
 use crate::sync::epoch::Guard;
 use crate::sync::{AtomicU64, Ordering, fence, rule};
+use core::ops::Range;
 
 /// So many emulated writes to a guest table, with no fault through it, and it is taken for data: its
 /// shadow goes, and writes to it are native (KVM's write-flooding count).
@@ -84,13 +86,43 @@ impl Engine {
         gpa: Gpa,
         len: u64,
     ) {
+        self.drop_derived(stats, guard, map, gpa..gpa.wrapping_add(len), |_| true);
+    }
+
+    /// What a walk that sets accessed and dirty bits means for the shadow: nothing where the table is of
+    /// one format. But the bits of every other 4-byte entry are address bits of the 8-byte entry that it
+    /// is half of, for a vCPU in another mode.
+    pub(crate) fn guest_walked(
+        &self,
+        stats: &Stats,
+        guard: &Guard<'_>,
+        map: &MemoryMap,
+        mode: &PagingMode,
+        path: &Path,
+    ) {
+        if mode.entry_size() == 4 {
+            for step in path.steps().iter().filter(|step| step.entry.0 & 4 != 0) {
+                let bytes = step.entry..step.entry.wrapping_add(4);
+                self.drop_derived(stats, guard, map, bytes, |role| role.format().is_wide());
+            }
+        }
+    }
+
+    /// Drops the shadow entries made from guest entries in these bytes, by shadows of such roles.
+    fn drop_derived(
+        &self,
+        stats: &Stats,
+        guard: &Guard<'_>,
+        map: &MemoryMap,
+        Range { start: gpa, end }: Range<Gpa>,
+        by: impl Fn(Role) -> bool,
+    ) {
         // R2: own store, fence, foreign load. Pairs with the fence of the fault between its
         // reservation and its second look at the guest's entry.
         if rule!(R02) {
             fence(Ordering::SeqCst);
         }
-        let end = gpa.0 + len;
-        let mut at = gpa.0;
+        let (mut at, end) = (gpa.0, end.0);
         while at < end {
             let page_end = (at & !(PAGE_SIZE - 1)).saturating_add(PAGE_SIZE).min(end);
             let gfn = Gpa(at).gfn();
@@ -99,14 +131,18 @@ impl Engine {
                 .and_then(|page| page.region().shadows.get(page.index))
                 .filter(|shadows| !shadows.is_empty());
             if let Some(shadows) = shadows {
-                stats.mmu_pte_write.bump();
                 let bytes = at % PAGE_SIZE..at % PAGE_SIZE + (page_end - at);
                 // Nothing shared is written where nothing was derived from the entry.
                 let mut narrowing = None;
+                let mut met = false;
                 for frame in shadows.to_vec() {
                     let frame = FrameId((frame - 1) as u32);
                     let page = self.frames.page(frame);
                     let role = page.key().role();
+                    if !by(role) {
+                        continue;
+                    }
+                    met = true;
                     if !role.is_indirect() {
                         continue;
                     }
@@ -131,6 +167,9 @@ impl Engine {
                             stats.mmu_pte_zapped.bump();
                         }
                     }
+                }
+                if met {
+                    stats.mmu_pte_write.bump();
                 }
             }
             at = page_end;

@@ -203,6 +203,7 @@ impl Attempt<'_> {
                 return Ok(Outcome::Guest(fault));
             }
         };
+        self.engine.guest_walked(self.stats, self.guard, self.map, mode, &path);
         if !mode.is_paging() {
             // One page without end, as if it had been written.
             (walk.level, walk.dirty) = (self.engine.levels(), true);

@@ -271,6 +271,12 @@ impl Engine {
         gva.0 & ((1 << shift(level)) - 1) & !((1 << PAGE_SHIFT) - 1)
     }
 
+    /// Whether what the leaf entry maps may be part of a larger page of the guest's, or more than 4 KiB.
+    pub(crate) fn maps_part(&self, at: Location) -> bool {
+        let role = self.frames.page(at.frame()).key().role();
+        role.is_direct() || role.level() > 1
+    }
+
     /// The entry of a page at this level that belongs to the consumer.
     fn reserved_at(&self, level: u8) -> Option<(usize, u64)> {
         self.shape.reserved.filter(|_| level == self.shape.levels)

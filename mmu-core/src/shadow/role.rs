@@ -44,10 +44,13 @@ impl Regime {
         let supervisor = if user {
             Self::USER
         } else {
+            // Without paging no page is the user's, and what is mapped direct then must not be found
+            // where it would be (SDM vol. 3, 5.6.1).
+            let paging = regs.cr0 & bits::CR0_PG != 0;
             let smap = regs.cr4 & bits::CR4_SMAP != 0 && regs.rflags & bits::RFLAGS_AC == 0;
             set(Self::WP, regs.cr0 & bits::CR0_WP != 0)
-                | set(Self::SMEP, regs.cr4 & bits::CR4_SMEP != 0)
-                | set(Self::SMAP, smap)
+                | set(Self::SMEP, paging && regs.cr4 & bits::CR4_SMEP != 0)
+                | set(Self::SMAP, paging && smap)
         };
         Self::new(supervisor | set(Self::NXE, regs.efer & bits::EFER_NXE != 0))
     }
@@ -192,7 +195,7 @@ impl Role {
 
     /// Whether the page belongs to a guest table, whose memory must stay: the upper pages above it do.
     pub(crate) const fn has_home(self) -> bool {
-        !self.is_direct() && !(self.is_upper() && self.format().is_pae())
+        !(self.is_direct() || self.is_upper() && self.format().is_pae())
     }
 
     pub(crate) const fn writes(self) -> bool {

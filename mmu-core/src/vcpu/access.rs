@@ -108,7 +108,7 @@ impl Vcpu {
         let map = self.engine.memory.load(&guard);
         let len = buf.len();
         for (at, part) in parts(gva, len) {
-            let gpa = self.locate(map, at, access)?;
+            let gpa = self.locate(&guard, map, at, access)?;
             let bytes = &mut buf[part.clone()];
             // R31: the map that was walked.
             let map = if rule!(R31) { map } else { self.engine.memory.load(&guard) };
@@ -137,11 +137,13 @@ impl Vcpu {
         };
         let mut parts = parts(gva, bytes.len());
         let Some((at, first)) = parts.next() else { return Ok(()) };
-        let gpa = self.locate_for_write(map, at, first.len(), access)?;
+        let gpa = self.locate_for_write(&guard, map, at, first.len(), access)?;
         // Every page is translated before the first is written. Only an access that crosses a page
         // allocates.
         let rest = parts
-            .map(|(at, part)| Ok((self.locate_for_write(map, at, part.len(), access)?, part)))
+            .map(|(at, part)| {
+                Ok((self.locate_for_write(&guard, map, at, part.len(), access)?, part))
+            })
             .collect::<Result<Vec<_>, AccessError>>()?;
         write(gpa, &bytes[first]);
         rest.into_iter().for_each(|(gpa, part)| write(gpa, &bytes[part]));
@@ -168,35 +170,38 @@ impl Vcpu {
         let guard = self.context.handle.pin();
         let map = self.engine.memory.load(&guard);
         let access = Access { user, ..Access::write() };
-        let gpa = self.locate_for_write(map, gva, size, access)?;
+        let gpa = self.locate_for_write(&guard, map, gva, size, access)?;
         self.engine
             .cmpxchg_phys(&self.state.stats, &guard, map, self.context.hint.ring(), gpa, exchange)
             .ok_or(AccessError::Mmio { gpa, len: size })
     }
 
-    fn locate(&self, map: &MemoryMap, gva: Gva, access: Access) -> Result<Gpa, AccessError> {
-        let walk = self.mode.walk(map, &self.context.hint, gva, access)?;
-        let write = access.kind == Kind::Write;
-        if !(walk.accessed && (walk.dirty || !write)) {
-            // The guest's entry may be in memory that the host has made read-only.
-            let mut path = Path::default();
-            self.mode.walk_path(map, &self.context.hint, gva, access, &mut path)?;
-            if let Some(gpa) = withheld(map, &path, write) {
-                return Err(AccessError::HostReadOnly { gpa });
-            }
+    fn locate(
+        &self,
+        guard: &Guard<'_>,
+        map: &MemoryMap,
+        gva: Gva,
+        access: Access,
+    ) -> Result<Gpa, AccessError> {
+        let mut path = Path::default();
+        let walk = self.mode.walk_path(map, &self.context.hint, gva, access, &mut path)?;
+        self.engine.guest_walked(&self.state.stats, guard, map, &self.mode, &path);
+        match withheld(map, &path, access.kind == Kind::Write) {
+            Some(gpa) => Err(AccessError::HostReadOnly { gpa }),
+            None => Ok(walk.gpa),
         }
-        Ok(walk.gpa)
     }
 
     fn locate_for_write(
         &self,
+        guard: &Guard<'_>,
         map: &MemoryMap,
         gva: Gva,
         len: usize,
         access: Access,
     ) -> Result<Gpa, AccessError> {
         debug_assert!(access.kind == Kind::Write);
-        let gpa = self.locate(map, gva, access)?;
+        let gpa = self.locate(guard, map, gva, access)?;
         match map.page(gpa.gfn()) {
             Some(page) if page.is_writable() => Ok(gpa),
             Some(page) if !page.slot.is_read_only() => Err(AccessError::HostReadOnly { gpa }),

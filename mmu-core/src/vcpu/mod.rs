@@ -232,7 +232,7 @@ impl Vcpu {
     /// INVLPG itself on the shadow tables needs [`Vcpu::invalidate`] besides.
     pub fn invlpg(&mut self, gva: Gva) {
         // Tags do not count (SDM chapter 4): such an address is not canonical, and nothing happens.
-        if let Some(gva) = self.mode.linear_of(gva, Access::execute()) {
+        if let Ok(gva) = self.mode.linear_of(gva, Access::execute()) {
             for root in self.roots.into_iter().flatten() {
                 self.engine.sync_address(&self.context, &self.state.stats, root, gva);
             }
@@ -296,7 +296,14 @@ impl Vcpu {
     pub fn fault(&mut self, gva: Gva, access: Access) -> Result<Outcome, Stall> {
         self.leave();
         self.faults += 1;
-        let gva = self.mode.cut(gva);
+        // Without its tag: what the shadow is indexed by.
+        let gva = match self.mode.linear_of(gva, access) {
+            Ok(linear) => linear,
+            Err(fault) => {
+                self.state.stats.pf_guest.bump();
+                return Ok(Outcome::Guest(fault));
+            }
+        };
         let user = access.user && !access.implicit;
         loop {
             let root = self.root(user)?;

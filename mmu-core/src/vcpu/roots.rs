@@ -9,7 +9,7 @@ use crate::addr::Gpa;
 use crate::paging::PagingMode;
 use crate::shadow::{FrameId, Key, Regime};
 
-/// Roots remembered: as many as KVM's (KVM_MMU_NUM_PREV_ROOTS), for each privilege.
+/// Roots remembered: three (KVM_MMU_NUM_PREV_ROOTS) for each privilege.
 const RECENT: usize = 6;
 
 /// What a root was made for.

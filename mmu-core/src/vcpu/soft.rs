@@ -77,6 +77,8 @@ impl Translation {
 pub struct SoftVcpu {
     vcpu: Vcpu,
     tlb: Box<[Translation; TLB]>,
+    /// Whether translations in the TLB may be of parts of one larger page of the guest's.
+    fractured: bool,
     roots: [Option<FrameId>; 2],
 }
 
@@ -92,7 +94,7 @@ impl fmt::Debug for SoftVcpu {
 
 impl SoftVcpu {
     pub(crate) fn new(vcpu: Vcpu) -> Self {
-        Self { vcpu, tlb: Box::new([Translation::NONE; TLB]), roots: [None; 2] }
+        Self { vcpu, tlb: Box::new([Translation::NONE; TLB]), fractured: false, roots: [None; 2] }
     }
 
     /// The vCPU itself: registers, and accesses through the guest's own tables.
@@ -113,8 +115,12 @@ impl SoftVcpu {
         self.vcpu.handle()
     }
 
-    /// INVLPG: forgets the translations of one page.
+    /// INVLPG: forgets the translations of one page of the guest's, whatever its size: all of them,
+    /// though each is of 4 KiB here (SDM vol. 3, 5.10.4.1).
     pub fn invlpg(&mut self, gva: Gva) {
+        if self.fractured {
+            return self.flush_all();
+        }
         for user in [false, true] {
             let tag = tag(gva, user);
             let slot = &mut self.tlb[slot(gva)];
@@ -138,6 +144,7 @@ impl SoftVcpu {
     }
 
     fn flush_all(&mut self) {
+        self.fractured = false;
         self.tlb.fill(Translation::NONE);
     }
 }
@@ -330,8 +337,9 @@ impl Session<'_> {
         access: impl FnOnce(&Vcpu) -> Result<T, AccessError>,
     ) -> Result<T, SoftExit> {
         self.leave();
-        access(&self.cpu.vcpu).map_err(|error| match error {
-            AccessError::Fault(fault) => SoftExit::Fault(fault),
+        let done = access(&self.cpu.vcpu);
+        done.map_err(|error| match error {
+            AccessError::Fault(fault) => self.raise(fault),
             AccessError::Mmio { gpa, .. } => SoftExit::Mmio(gpa),
             AccessError::HostReadOnly { gpa } => SoftExit::HostReadOnly(gpa),
             AccessError::Unsupported { gva, size } => SoftExit::Unsupported { gva, size },
@@ -370,7 +378,7 @@ impl Session<'_> {
             self.leave();
             match self.cpu.vcpu.fault(gva, access) {
                 Ok(Outcome::Fixed) => {}
-                Ok(Outcome::Guest(fault)) => return Err(SoftExit::Fault(fault)),
+                Ok(Outcome::Guest(fault)) => return Err(self.raise(fault)),
                 Ok(Outcome::Emulate { .. }) => return Ok(Found::Emulate),
                 Ok(Outcome::Mmio { gpa }) => return Err(SoftExit::Mmio(gpa)),
                 Ok(Outcome::HostReadOnly { gpa }) => return Err(SoftExit::HostReadOnly(gpa)),
@@ -378,6 +386,12 @@ impl Session<'_> {
                 Err(stall) => self.wait(stall),
             }
         }
+    }
+
+    /// A page fault also forgets the translations of its page (SDM vol. 3, 5.10.4.1).
+    fn raise(&mut self, fault: Fault) -> SoftExit {
+        self.cpu.invlpg(fault.gva);
+        SoftExit::Fault(fault)
     }
 
     fn wait(&mut self, stall: Stall) {
@@ -431,7 +445,7 @@ impl Session<'_> {
     /// Walks the shadow tables as a processor does. `None` is a page fault.
     fn walk(&mut self, gva: Gva, access: Access) -> Option<*const AtomicU64> {
         let engine = &self.cpu.vcpu.engine;
-        let linear = self.cpu.vcpu.mode.linear_of(gva, access)?;
+        let linear = self.cpu.vcpu.mode.linear_of(gva, access).ok()?;
         if engine.extend(linear.0) != linear {
             return None;
         }
@@ -472,6 +486,8 @@ impl Session<'_> {
         if linear != gva {
             return Some(page);
         }
+        let fractured = engine.maps_part(entry);
+        self.cpu.fractured |= fractured;
         self.cpu.tlb[slot(gva)] = Translation { tag: tag(gva, access.user), page, write, execute };
         Some(page)
     }

@@ -15,6 +15,43 @@ pub const PAGE: u64 = 4096;
 /// Rights of an ordinary user page.
 pub const RWU: u64 = bits::P | bits::RW | bits::US;
 
+/// A number from the environment.
+pub fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// A generator whose numbers the seed alone decides.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        // Seeds that differ little must not give numbers that do (splitmix64).
+        let mut x = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        Self(x ^ x >> 31 | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 16) % n
+    }
+
+    pub fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+}
+
 /// An engine with one slot of memory at 0.
 pub struct Guest {
     pub mmu: Mmu,
@@ -39,6 +76,11 @@ impl Guest {
         let mmu = Mmu::new(config).unwrap();
         let slot = SlotConfig::new(0, Gpa(0), Arc::new(AllocatedMemory::new(size)));
         mmu.create_slot(if log_dirty { slot.log_dirty() } else { slot }).unwrap();
+        Self::over(mmu, tables)
+    }
+
+    /// A guest of this engine, whose page tables take the frames from `tables` on.
+    pub fn over(mmu: Mmu, tables: u64) -> Self {
         Self { mmu, next: AtomicU64::new(tables + PAGE), root: Gpa(tables) }
     }
 
