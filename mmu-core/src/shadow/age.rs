@@ -27,25 +27,32 @@ impl Engine {
         let mut young = 0;
         for (slot, pages) in self.pages_in(&self.memory.snapshot(), range)? {
             let blocks = self.young_blocks(&slot, pages.clone(), clear, &handle);
+            let mut blocks = blocks.into_iter().peekable();
+            let mut mapped = self.next_mapped(&slot, pages.clone());
             let mut next = pages.start;
             while next < pages.end {
                 let end = (next / 64 * 64 + 64).min(pages.end);
                 let mut bits = self.young_word(&slot, next..end, clear, &handle);
-                for block in blocks.iter().filter(|block| block.start < end && next < block.end) {
+                while let Some(block) = blocks.peek().filter(|block| block.start < end) {
                     let (from, to) = (block.start.max(next), block.end.min(end));
-                    bits |= u64::MAX >> (64 - (to - from)) << (from % 64);
+                    if from < to {
+                        bits |= u64::MAX >> (64 - (to - from)) << (from % 64);
+                    }
+                    if block.end > end {
+                        break;
+                    }
+                    blocks.next();
                 }
                 if bits != 0 {
                     young += u64::from(bits.count_ones());
                     // Outside the read section.
                     report(&slot, (next / 64 * 64) as u64, bits);
                 }
-                let block = blocks
-                    .iter()
-                    .map(|block| block.start.max(end))
-                    .filter(|at| blocks.iter().any(|block| block.contains(at)));
-                next =
-                    self.next_mapped(&slot, end..pages.end).min(block.min().unwrap_or(pages.end));
+                // Each page is passed once, however many words there are.
+                if mapped < end {
+                    mapped = self.next_mapped(&slot, end..pages.end);
+                }
+                next = blocks.peek().map_or(mapped, |block| block.start.max(end).min(mapped));
             }
         }
         if clear && young > 0 {
@@ -55,7 +62,7 @@ impl Engine {
         Ok(young)
     }
 
-    /// The blocks of these pages that are mapped whole and were used.
+    /// The blocks of these pages that are mapped whole and were used, in order; none overlaps another.
     fn young_blocks(
         &self,
         slot: &Slot,
@@ -72,6 +79,14 @@ impl Engine {
             }
             guard.repin();
         }
+        young.sort_by_key(|block: &Range<usize>| (block.start, usize::MAX - block.end));
+        // Of two that overlap the larger one has the other.
+        let mut end = 0;
+        young.retain(|block| {
+            let apart = block.end > end;
+            end = end.max(block.end);
+            apart
+        });
         young
     }
 

@@ -113,7 +113,9 @@ impl Engine {
     ) -> Result<Outcome, Stall> {
         let mut guard = context.handle.pin();
         self.sweep_step(&guard);
-        let known = match self.is_current(info.root) && !info.access.implicit {
+        // An address that is not canonical for the tables names the entry of another.
+        let canonical = self.extend(info.gva.0) == info.gva;
+        let known = match canonical && self.is_current(info.root) && !info.access.implicit {
             true => self.leaf_at(info.root, info.gva),
             false => None,
         };
@@ -526,13 +528,11 @@ impl Attempt<'_> {
     fn clear_for_leaf(&self, at: Location, old: Spte, level: u8) {
         let engine = self.engine;
         let child = engine.frames.frame_at(old.machine()).filter(|_| level > 1 && !old.is_large());
-        match child.filter(|child| engine.frames.page(*child).key().role().is_direct()) {
-            Some(child) => drop(engine.zap(self.guard, child)),
-            None => {
-                let mut narrowing = engine.flush.narrow();
-                engine.drop_entry(self.guard, &mut narrowing, at, |now| now != old);
-            }
+        if let Some(child) = child.filter(|c| engine.frames.page(*c).key().role().is_direct()) {
+            engine.zap(self.guard, child);
         }
+        // Also where somebody else tears it down, and may have been stopped.
+        engine.drop_entry(self.guard, &mut engine.flush.narrow(), at, |now| now != old);
     }
 
     pub(super) fn mark_dirty(&self, page: Page<'_>) {

@@ -32,6 +32,7 @@ use crate::addr::{ENTRIES, Gva};
 use crate::memory::{MemoryMap, Page};
 use crate::sync::epoch::Guard;
 use crate::sync::{Ordering, fence, rule};
+use std::collections::BTreeSet;
 
 /// Entries agree with the guest table, which no processor can write.
 const SYNC: u64 = 0;
@@ -156,7 +157,7 @@ impl Engine {
         let changed = if self.frames.page(child).key().role().level() == 1 {
             self.compare(guard, map, stats, child, 0..ENTRIES)
         } else {
-            self.sync_below(guard, map, stats, child)
+            self.sync_below(guard, map, stats, child, &mut BTreeSet::new())
         };
         // A processor that remembers entries of tables that are linked nowhere must hear of these first.
         if changed { Link::Stale(self.flush.advance()) } else { Link::Good }
@@ -179,9 +180,8 @@ impl Engine {
         }
         let guard = context.handle.pin();
         let map = self.memory.load(&guard);
-        if self.is_current(root) {
-            self.sync_below(&guard, map, stats, root);
-        }
+        // Obsolete or not: the processor may still be running on it.
+        self.sync_below(&guard, map, stats, root, &mut BTreeSet::new());
     }
 
     /// Compares every unsync table below; whether something had changed.
@@ -191,6 +191,7 @@ impl Engine {
         map: &MemoryMap,
         stats: &Stats,
         frame: FrameId,
+        done: &mut BTreeSet<FrameId>,
     ) -> bool {
         let mut changed = false;
         let page = self.frames.page(frame);
@@ -198,16 +199,18 @@ impl Engine {
         for word in page.below.to_vec() {
             let child = FrameId((word - 1) as u32);
             let below = self.frames.page(child);
-            // The frame may have another page by now, or the page may be linked elsewhere.
+            // The frame may have another page by now, or the page may be linked elsewhere. One that is
+            // being torn down counts for as long as it is linked: processors get there.
             let is_child = || {
-                below.is_live()
-                    && below.key().role().level() + 1 == level
+                below.key().role().level() + 1 == level
                     && below.parents.any(|parent| Location::from_word(parent).frame() == frame)
             };
-            if is_child() && level == 2 {
-                changed |= self.sync_table(guard, map, stats, child);
-            } else if is_child() {
-                changed |= self.sync_below(guard, map, stats, child);
+            // Once for all paths to it, of which a guest may make any number.
+            if is_child() && done.insert(child) {
+                changed |= match level {
+                    2 => self.sync_table(guard, map, stats, child),
+                    _ => self.sync_below(guard, map, stats, child, done),
+                };
             }
             if rule!(R16) {
                 page.below.remove_if(word, || self.is_in_sync(child) || !is_child());
@@ -230,13 +233,17 @@ impl Engine {
         let mut table = root;
         for level in (2..=self.levels()).rev() {
             let at = Location::new(table, index(gva, level));
-            let entry = self.entry(at);
+            let mut entry = self.entry(at);
             if entry.is_pending() {
-                // R34: what is to be linked here may be from before the flush.
-                self.drop_entry(&guard, &mut self.flush.narrow(), at, |now| !now.is_pending());
-                return;
+                // R34: what is to be linked here may be from before the flush. If it is linked by now,
+                // it is compared; what is reserved by now is from after the flush.
+                if self.drop_entry(&guard, &mut self.flush.narrow(), at, |now| !now.is_pending()) {
+                    return;
+                }
+                entry = self.entry(at);
             }
-            if !entry.is_present() || entry.is_large() || !self.is_current(table) {
+            // Obsolete and dying tables count as well: processors may still be on them.
+            if !entry.is_present() || entry.is_large() {
                 return;
             }
             let Some(below) = self.table_at(entry.machine()) else { return };
@@ -287,8 +294,9 @@ impl Engine {
                     self.settle(guard, map, stats, table, protecting);
                 }
             }
-            // Whoever began it has not come to its end.
-            PROTECTING => self.settle(guard, map, stats, table, state),
+            // Whoever began it has not come to its end, or who was to mark the table was refused: then
+            // nobody may write. A marker that is under way fails, and the write is emulated.
+            PROTECTING | MARKING => self.settle(guard, map, stats, table, state),
             _ => {}
         }
         changed
@@ -376,5 +384,182 @@ impl Engine {
     /// Whether the leaf table's entries may differ from its guest table's.
     pub(super) fn is_unsync(&self, frame: FrameId) -> bool {
         self.frames.page(frame).unsync.load(Ordering::Acquire) != SYNC
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::super::frames::state;
+    use super::super::{FaultInfo, Outcome, Regime, Shape, Spte};
+    use super::*;
+    use crate::addr::{Gpa, LEVELS, Machine};
+    use crate::memory::{AllocatedMemory, SlotConfig};
+    use crate::paging::{Access, PagingMode, Regs};
+    use crate::sync::epoch::Collector;
+    use crate::sync::{AtomicU64, Backoff};
+    use std::sync::Arc;
+    use std::thread::scope;
+
+    /// A guest whose only leaf table, at 0x4000, is written natively through its own entry 2.
+    struct Setup {
+        engine: Engine,
+        context: Context,
+        mode: PagingMode,
+        regime: Regime,
+        root: FrameId,
+        memory: Arc<AllocatedMemory>,
+    }
+
+    const DATA: Gva = Gva(0x1000);
+    const WINDOW: Gva = Gva(0x2000);
+
+    impl Setup {
+        fn new() -> Self {
+            let tables = Arc::new(AllocatedMemory::new(1 << 20));
+            let shape = Shape { levels: LEVELS, largest: 1, unsync: true, reserved: None };
+            let engine = Engine::new(tables, shape, Collector::new());
+            let memory = Arc::new(AllocatedMemory::new(1 << 16));
+            engine.create_slot(SlotConfig::new(0, Gpa(0), memory.clone())).unwrap();
+            for (at, value) in [(0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007)] {
+                memory_word(&memory, at).store(value, Ordering::Relaxed);
+            }
+            memory_word(&memory, 0x4008).store(0x5067, Ordering::Relaxed);
+            memory_word(&memory, 0x4010).store(0x4067, Ordering::Relaxed);
+            let context = engine.seat().unwrap();
+            let regs = Regs::long_mode(0x1000);
+            let (mode, regime) = (PagingMode::new(&regs).unwrap(), Regime::of(&regs, true));
+            let stats = Stats::default();
+            let root = engine.load_root(&context, &stats, &mode, regime).unwrap().unwrap();
+            let setup = Self { engine, context, mode, regime, root, memory };
+            setup.fault(DATA, Access::read().user());
+            setup.fault(WINDOW, Access::write().user());
+            assert!(setup.engine.is_written_natively(setup.leaf().frame()));
+            setup
+        }
+
+        fn fault(&self, gva: Gva, access: Access) {
+            let (mode, regime, root) = (&self.mode, self.regime, self.root);
+            let info = FaultInfo { mode, regime, root, gva, access, emulate: false };
+            let outcome = self.engine.fault(&self.context, &Stats::default(), &info);
+            assert_eq!(outcome, Ok(Outcome::Fixed));
+        }
+
+        fn leaf(&self) -> Location {
+            self.engine.leaf_at(self.root, DATA).unwrap()
+        }
+
+        /// The entry that leads to the leaf table.
+        fn link(&self) -> Location {
+            let mut at = Location::new(self.root, 0);
+            for _ in 2..LEVELS {
+                at = Location::new(
+                    self.engine.table_at(self.engine.entry(at).machine()).unwrap(),
+                    0,
+                );
+            }
+            at
+        }
+
+        /// The page that a processor would reach at `DATA`.
+        fn reached(&self) -> Option<Machine> {
+            let entry = self.engine.entry(self.engine.leaf_at(self.root, DATA)?);
+            entry.is_present().then(|| entry.machine())
+        }
+
+        fn edit(&self, value: u64) {
+            memory_word(&self.memory, 0x4008).store(value, Ordering::Relaxed);
+        }
+
+        fn page(&self, gpa: u64) -> Machine {
+            use crate::memory::Backing;
+            Machine(self.memory.machine().0 + gpa)
+        }
+    }
+
+    fn memory_word(memory: &AllocatedMemory, at: usize) -> &crate::sync::AtomicU64 {
+        use crate::memory::Backing;
+        &memory.words()[at / 8]
+    }
+
+    /// A link is published while a flush looks at it: it is gone, or what is behind it was compared.
+    #[test]
+    fn a_flush_meets_a_link_that_is_being_published() {
+        let setup = Setup::new();
+        let engine = &setup.engine;
+        let (rounds, mut missed) = (200_000u64, 0);
+        let turn = AtomicU64::new(0);
+        let wait = |wanted| {
+            let mut backoff = Backoff::default();
+            while turn.load(Ordering::SeqCst) < wanted {
+                backoff.wait();
+            }
+        };
+        let next = || turn.fetch_add(1, Ordering::SeqCst);
+        let spin = |n: u64| (0..n).for_each(|_| core::hint::spin_loop());
+        let (at, leaf) = (setup.link(), setup.leaf());
+        let link = engine.entry(at);
+        let good = Spte::page(setup.page(0x5000), true, true, true);
+        scope(|s| {
+            s.spawn(|| {
+                for round in 0..rounds {
+                    // Reserved; what is behind it has been compared with the guest's table.
+                    engine.frames.entry(at).store(Spte::pending(1).0, Ordering::SeqCst);
+                    next();
+                    wait(4 * round + 2);
+                    spin(round % 32);
+                    let _ = engine.exchange(at, Spte::pending(1), link);
+                    next();
+                    wait(4 * round + 4);
+                }
+            });
+            for round in 0..rounds {
+                engine.frames.entry(leaf).store(good.0, Ordering::SeqCst);
+                setup.edit(0x5067);
+                wait(4 * round + 1);
+                setup.edit(0x6067);
+                next();
+                spin(round / 32 % 16);
+                engine.sync_address(&setup.context, &Stats::default(), setup.root, DATA);
+                wait(4 * round + 3);
+                missed += u32::from(engine.entry(at) == link && engine.entry(leaf).is_present());
+                next();
+            }
+        });
+        assert_eq!(missed, 0, "flushes of {rounds} left what they were to compare");
+    }
+
+    /// A thread that tears a table down is stopped after its mark: processors still get there.
+    #[test]
+    fn a_flush_goes_through_dying_tables() {
+        for all in [false, true] {
+            let setup = Setup::new();
+            let engine = &setup.engine;
+            setup.fault(DATA, Access::read().user());
+            let dying = setup.link().frame();
+            engine.frames.page(dying).state.store(state::ZAPPING, Ordering::SeqCst);
+            setup.edit(0x6067);
+            let (context, stats) = (&setup.context, Stats::default());
+            match all {
+                true => engine.sync_root(context, &stats, setup.root),
+                false => engine.sync_address(context, &stats, setup.root, DATA),
+            }
+            assert_ne!(setup.reached(), Some(setup.page(0x5000)), "all: {all}");
+        }
+    }
+
+    /// A marker that finds too many tables above gives a state back in which the table settles.
+    #[test]
+    fn a_refused_mark_of_two_settles() {
+        let setup = Setup::new();
+        let engine = &setup.engine;
+        let table = setup.leaf().frame();
+        let page = engine.frames.page(table);
+        // Of another marker that was refused, too, and finds another generation.
+        page.unsync.store(engine.flush.advance().0 << SHIFT | MARKING, Ordering::SeqCst);
+        assert!(!engine.mark(table, &mut 1, &Stats::default()));
+        for _ in 0..4 {
+            engine.sync_root(&setup.context, &Stats::default(), setup.root);
+        }
+        assert!(!engine.is_unsync(table), "state {}", page.unsync.load(Ordering::SeqCst) & STATE);
     }
 }
