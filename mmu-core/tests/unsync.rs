@@ -258,6 +258,82 @@ fn a_table_that_points_at_itself_is_guarded() {
     guest.audit();
 }
 
+/// Processors walk a tree until they are told of another, also when it is obsolete.
+#[test]
+fn a_flush_reaches_an_obsolete_tree() {
+    for all in [false, true] {
+        let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+        let window = Gva(0x40_0000);
+        guest.write(Gpa(0x1000), 0xa);
+        guest.write(Gpa(0x2000), 0xb);
+        guest.map(window, Gpa(0x1000), RWU);
+        let entry = guest.entry(guest.root, window, 1);
+        guest.map(Gva(0x80_0000), Gpa(entry.0 & !0xfff), RWU);
+        let edit = 0x80_0000 + entry.0 % PAGE;
+        let mut cpu = guest.vcpu();
+        let mut s = cpu.session();
+        assert_eq!(s.load_u64(window, true), Ok(0xa));
+        s.store(Gva(edit), &(0x1000 | RWU | used()).to_le_bytes(), true).unwrap();
+        assert_eq!(s.load_u64(window, true), Ok(0xa));
+        s.store(Gva(edit), &(0x2000 | RWU).to_le_bytes(), true).unwrap();
+        guest.mmu.zap_all();
+        match all {
+            true => s.flush(),
+            false => s.invlpg(window),
+        }
+        assert_eq!(s.load_u64(window, true), Ok(0xb), "all: {all}");
+    }
+}
+
+/// N tables of each level, each linked in all of the level above.
+fn flush_a_lattice(n: u64) {
+    let guest = Guest::with(Guest::config(2048), 16 * MIB, 8 * MIB, false);
+    guest.mmu.set_nr_mmu_pages(2000).unwrap();
+    let tables = |n: u64| (0..n).map(|_| guest.new_table()).collect::<Vec<_>>();
+    let [l3, l2, l1] = [tables(n), tables(n), tables(n)];
+    for i in 0..n as usize {
+        guest.write(Gpa(guest.root.0 + 8 * i as u64), l3[i].0 | RWU);
+        for j in 0..n as usize {
+            guest.write(Gpa(l3[i].0 + 8 * j as u64), l2[j].0 | RWU);
+            guest.write(Gpa(l2[i].0 + 8 * j as u64), l1[j].0 | RWU);
+        }
+        guest.write(l1[i], 0x1000 | RWU);
+        // The table itself.
+        guest.write(Gpa(l1[i].0 + 8), l1[i].0 | RWU);
+    }
+    let at = |a: u64, b: u64, c: u64, d: u64| a << 39 | b << 30 | c << 21 | d << 12;
+    let mut cpu = guest.vcpu();
+    for i in 0..n {
+        load(&mut cpu, at(i, i, i, 0));
+    }
+    for i in 0..n {
+        store(&mut cpu, at(i, i, i, 1) + 256 * 8, 0);
+    }
+    let mut other = guest.vcpu();
+    let mut inside = other.session();
+    inside.load_u64(Gva(at(0, 0, 0, 0)), true).unwrap();
+    for i in 0..n {
+        for j in 0..n {
+            load(&mut cpu, at(0, i, j, 0));
+        }
+    }
+    for i in 0..n {
+        for j in 0..n {
+            load(&mut cpu, at(i, j, 0, 0));
+        }
+    }
+    cpu.session().flush();
+    assert!(guest.mmu.stats().mmu_unsync >= n);
+    drop(inside);
+    guest.audit();
+}
+
+/// A flush visits each table once, however many paths lead to it: else this one would take days.
+#[test]
+fn a_flush_visits_each_table_once() {
+    flush_a_lattice(64);
+}
+
 /// Editors remap pages of each other's windows natively and shoot down; after the shootdown everybody
 /// sees the new page, before it the old or the new.
 #[test]

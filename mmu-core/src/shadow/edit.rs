@@ -180,7 +180,8 @@ impl Engine {
     fn still_derives(&self, map: &MemoryMap, frame: FrameId, at: Location, spte: Spte) -> bool {
         let key = self.frames.page(frame).key();
         let gpa = key.gfn().gpa().wrapping_add(key.role().guest_offset(at.index()));
-        let word = map.page(key.gfn()).and_then(|page| page.word(gpa.page_offset()));
+        let home = map.by_machine(self.frames.page(frame).home());
+        let word = home.and_then(|page| page.word(gpa.page_offset()));
         // Acquire: of two stores to the entry, who sees the later one drops for both.
         word.is_some_and(|word| {
             let guest = key.role().format().entry_of(word.load(Ordering::Acquire), gpa);

@@ -40,6 +40,11 @@ impl Attempt<'_> {
             return None;
         }
         let page = self.map.by_machine(old.machine())?;
+        let direct = engine.frames.page(at.frame()).key().role().is_direct();
+        if direct && engine.shape.largest > 1 && !page.slot.logs_dirty() {
+            // The block may be mapped whole again.
+            return None;
+        }
         let (region, number) = (page.region(), page.index);
         let fresh = || {
             let forbidden = !page.is_writable()

@@ -62,6 +62,35 @@ pub(super) enum Link {
     Stale(Generation),
 }
 
+/// What one flush has done.
+#[derive(Default)]
+struct Visit {
+    /// Tables that need no other look, however many paths lead to them.
+    done: BTreeSet<FrameId>,
+    /// Generations that every vCPU has acknowledged, and that one has not.
+    passed: Option<Generation>,
+    awaited: Option<Generation>,
+}
+
+impl Visit {
+    /// Whether the generation is `acknowledged`; asked once for each answer that is not implied by others.
+    fn has_passed(
+        &mut self,
+        generation: Generation,
+        acknowledged: impl FnOnce(Generation) -> bool,
+    ) -> bool {
+        if self.passed.is_some_and(|passed| generation <= passed) {
+            return true;
+        }
+        if self.awaited.is_some_and(|awaited| generation >= awaited) {
+            return false;
+        }
+        let passed = acknowledged(generation);
+        *if passed { &mut self.passed } else { &mut self.awaited } = Some(generation);
+        passed
+    }
+}
+
 impl Engine {
     /// Whether the page is a guest table that must not be written natively: one of its shadows is not
     /// unsync. The caller has fenced since it linked the entry that would write.
@@ -125,7 +154,9 @@ impl Engine {
     fn mark_above(&self, child: FrameId, links: &mut u32) -> bool {
         // R34: mark, fence, walk the links. Pairs with the fence of who links the child.
         fence(Ordering::SeqCst);
-        let parents = self.frames.page(child).parents.to_vec();
+        let Some(parents) = self.frames.page(child).parents.to_vec_of(LINKS as usize) else {
+            return false;
+        };
         parents.into_iter().all(|word| {
             let parent = Location::from_word(word).frame();
             *links = links.saturating_sub(1);
@@ -157,7 +188,7 @@ impl Engine {
         let changed = if self.frames.page(child).key().role().level() == 1 {
             self.compare(guard, map, stats, child, 0..ENTRIES)
         } else {
-            self.sync_below(guard, map, stats, child, &mut BTreeSet::new())
+            self.sync_below(guard, map, stats, child, &mut Visit::default())
         };
         // A processor that remembers entries of tables that are linked nowhere must hear of these first.
         if changed { Link::Stale(self.flush.advance()) } else { Link::Good }
@@ -181,7 +212,7 @@ impl Engine {
         let guard = context.handle.pin();
         let map = self.memory.load(&guard);
         // Obsolete or not: the processor may still be running on it.
-        self.sync_below(&guard, map, stats, root, &mut BTreeSet::new());
+        self.sync_below(&guard, map, stats, root, &mut Visit::default());
     }
 
     /// Compares every unsync table below; whether something had changed.
@@ -191,7 +222,7 @@ impl Engine {
         map: &MemoryMap,
         stats: &Stats,
         frame: FrameId,
-        done: &mut BTreeSet<FrameId>,
+        visit: &mut Visit,
     ) -> bool {
         let mut changed = false;
         let page = self.frames.page(frame);
@@ -206,10 +237,10 @@ impl Engine {
                     && below.parents.any(|parent| Location::from_word(parent).frame() == frame)
             };
             // Once for all paths to it, of which a guest may make any number.
-            if is_child() && done.insert(child) {
+            if is_child() && visit.done.insert(child) {
                 changed |= match level {
-                    2 => self.sync_table(guard, map, stats, child),
-                    _ => self.sync_below(guard, map, stats, child, done),
+                    2 => self.sync_table(guard, map, stats, child, visit),
+                    _ => self.sync_below(guard, map, stats, child, visit),
                 };
             }
             if rule!(R16) {
@@ -262,13 +293,14 @@ impl Engine {
         map: &MemoryMap,
         stats: &Stats,
         table: FrameId,
+        visit: &mut Visit,
     ) -> bool {
         let page = self.frames.page(table);
         // Acquire: a generation that is ready was counted up after the protection.
         let state = page.unsync.load(Ordering::Acquire);
         let ready = state & STATE == READY && {
-            let generation = Generation(state >> SHIFT);
-            self.flush.acknowledged(generation, false) || !rule!(R23)
+            let acknowledged = |generation| self.flush.acknowledged(generation, false);
+            visit.has_passed(Generation(state >> SHIFT), acknowledged) || !rule!(R23)
         };
         let changed = self.compare(guard, map, stats, table, 0..ENTRIES);
         match state & STATE {
@@ -366,14 +398,10 @@ impl Engine {
         if self.is_in_sync(frame) {
             return None;
         }
-        let mut unmarked = None;
-        self.frames.page(frame).parents.for_each(|word| {
-            let parent = Location::from_word(word).frame();
-            if !self.frames.page(parent).below.any(|child| child == u64::from(frame.0) + 1) {
-                unmarked = Some(parent);
-            }
-        });
-        unmarked
+        let parents = self.frames.page(frame).parents.to_vec();
+        parents.into_iter().map(|word| Location::from_word(word).frame()).find(|parent| {
+            !self.frames.page(*parent).below.any(|child| child == u64::from(frame.0) + 1)
+        })
     }
 
     /// Whether the leaf table's guest table may be mapped writable.

@@ -32,6 +32,10 @@ impl Engine {
             let at = Location::from_word(parent);
             let other = |now: Spte| now.is_present() && now.machine() != own;
             self.drop_entry(guard, &mut narrowing, at, other);
+            let below = &self.frames.page(at.frame()).below;
+            if !below.is_empty() {
+                below.remove(u64::from(frame.0) + 1);
+            }
         }
         // R5: freeze every entry, so that no install under way can succeed. A root keeps the entry
         // that belongs to the consumer: its processor may be running on it.

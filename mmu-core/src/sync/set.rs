@@ -186,8 +186,31 @@ impl LocationSet {
         }
     }
 
+    /// The same if there are no more than `most`.
+    pub(crate) fn to_vec_of(&self, most: usize) -> Option<Vec<u64>> {
+        let mut room = most.min(4);
+        loop {
+            let mut copy = Vec::with_capacity(room);
+            // Never allocate under the lock, nor read more than is wanted.
+            let more = self.any(|value| {
+                let full = copy.len() == room;
+                if !full {
+                    copy.push(value);
+                }
+                full
+            });
+            if !more {
+                return Some(copy);
+            }
+            if room == most {
+                return None;
+            }
+            room = (room * 8).min(most);
+        }
+    }
+
     /// Calls `f` for every copy under the lock: `f` must be short and must not touch guest memory,
-    /// allocate, call back or lock.
+    /// allocate, call back or lock (but for the locks of parents under those of `below`).
     pub(crate) fn for_each(&self, mut f: impl FnMut(u64)) {
         let word = self.lock();
         Self::find(word, |value| {
@@ -367,6 +390,10 @@ mod tests {
         assert!(contents(&set).values().all(|copies| *copies == 1));
         assert!((1..=40).filter(|value| set.remove(*value)).count() == 39 && set.is_empty());
         assert!(!set.any(|_| true));
+        assert_eq!(set.to_vec_of(0), Some(vec![]));
+        (1..=100).for_each(|value| set.add(value));
+        assert_eq!(set.to_vec_of(99), None);
+        assert_eq!(set.to_vec_of(100).map(|all| all.len()), Some(100));
     }
 
     #[test]
