@@ -60,24 +60,40 @@ impl Guest {
     /// `pages` pages of memory and `frames` shadow table frames, reclaimed by the checked stand-in.
     #[must_use]
     pub fn new(pages: u64, frames: u64) -> Self {
-        Self::build(pages, frames, DirtyMode::Off, Collector::new())
+        Self::build(pages, Self::config(frames), DirtyMode::Off)
     }
 
     /// The same with a dirty log of this kind.
     #[must_use]
     pub fn tracking(pages: u64, frames: u64, dirty: DirtyMode) -> Self {
-        Self::build(pages, frames, dirty, Collector::new())
+        Self::build(pages, Self::config(frames), dirty)
     }
 
     /// The same with this collector.
     #[must_use]
     pub fn with_collector(pages: u64, frames: u64, collector: Collector) -> Self {
-        Self::build(pages, frames, DirtyMode::Off, collector)
+        let config = Config { collector, ..Self::config(frames) };
+        Self::build(pages, config, DirtyMode::Off)
     }
 
-    fn build(pages: u64, frames: u64, dirty: DirtyMode, collector: Collector) -> Self {
-        let tables = Arc::new(AllocatedMemory::at(frames * PAGE, TABLES));
-        let mmu = Mmu::new(Config { collector, ..Config::new(tables) }).unwrap();
+    /// The same where the guest may write leaf tables natively.
+    #[must_use]
+    pub fn native(pages: u64, frames: u64) -> Self {
+        Self::build(pages, Self::config(frames).unsync(true), DirtyMode::Off)
+    }
+
+    /// The same where a leaf of the root may map a block of two pages.
+    #[must_use]
+    pub fn with_blocks(pages: u64, frames: u64) -> Self {
+        Self::build(pages, Self::config(frames).largest_page(2 * PAGE), DirtyMode::Off)
+    }
+
+    fn config(frames: u64) -> Config {
+        Config::new(Arc::new(AllocatedMemory::at(frames * PAGE, TABLES)))
+    }
+
+    fn build(pages: u64, config: Config, dirty: DirtyMode) -> Self {
+        let mmu = Mmu::new(config).unwrap();
         mmu.create_slot(Self::slot(0, 0, pages).track(dirty)).unwrap();
         Self { mmu }
     }
@@ -93,6 +109,13 @@ impl Guest {
     /// Writes entry `index` of the guest table in page `table`, through the engine.
     pub fn set(&self, table: u64, index: u64, entry: u64) {
         self.write(Gpa(table * PAGE + index * 8), entry);
+    }
+
+    /// Takes away what was derived from the entry, which is as before then: writing the same keeps it.
+    pub fn forget(&self, table: u64, index: u64) {
+        let entry = self.read(Gpa(table * PAGE + index * 8));
+        self.set(table, index, 0);
+        self.set(table, index, entry);
     }
 
     /// Writes a word of guest-physical memory as a device does.

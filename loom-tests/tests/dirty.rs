@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The dirty log against faults and against a processor inside the guest: R11, R13,
-//! R22.
+//! The dirty log against faults and against a processor inside the guest: R10, R11, R12, R13, R22.
 #![cfg(loom)]
 
 use loom_tests::{Guest, PAGE, entry, fault, lo, model, spawn, to};
 use mmu_core::addr::Gpa;
 use mmu_core::memory::{DirtyMode, DirtyPage, DirtyRing, SlotFlags, SlotId};
 use mmu_core::paging::Access;
+use mmu_core::shadow::PageRange;
 use mmu_core::sync::Ordering;
 use mmu_core::vcpu::SoftVcpu;
 use std::sync::Arc;
@@ -133,6 +133,73 @@ model!(r13_copy_is_complete, r13_copy_is_complete_mutant, "R13:", || {
     a_copy_is_complete("R13", DirtyMode::WriteProtect, false, harvest);
 });
 
+/// The guest points an entry elsewhere while the page that it named is harvested and a processor
+/// stores through what it remembers: the harvest finds nothing to protect, but somebody's flush is
+/// still to come.
+fn a_harvest_meets_an_edit() {
+    let guest = Guest::tracking(4, 4, DirtyMode::WriteProtect);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(DATA));
+    let mut cpu = guest.soft();
+    cpu.session().store(lo(0), &[0xff; 8], false).unwrap();
+    let processor = spawn(move || {
+        store_up_to(&mut cpu, 2);
+        cpu
+    });
+    let editor = {
+        let guest = guest.clone();
+        spawn(move || guest.set(1, 0, to(DATA + 1)))
+    };
+    let round = |copy: &mut u64| {
+        if harvest(&guest) {
+            *copy = guest.read(Gpa(DATA * PAGE));
+        }
+    };
+    let mut copy = 0;
+    round(&mut copy);
+    let cpu = processor.join().unwrap();
+    editor.join().unwrap();
+    round(&mut copy);
+    assert_eq!(copy, guest.read(Gpa(DATA * PAGE)), "R12: no harvest reported the last store");
+    drop(cpu);
+    guest.audit_clean();
+}
+
+model!(
+    r12_harvest_meets_an_edit,
+    r12_harvest_meets_an_edit_mutant,
+    "R12:",
+    2,
+    a_harvest_meets_an_edit
+);
+
+/// A fault gives an entry its right to write back without a walk, while the entry comes to map another
+/// page.
+fn a_repair_meets_another_page() {
+    let guest = Guest::tracking(4, 4, DirtyMode::WriteProtect);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(DATA));
+    let (mut a, mut b) = (guest.vcpu(), guest.vcpu());
+    fault(&mut a, lo(0), Access::read());
+    fault(&mut b, lo(0), Access::read());
+    harvest(&guest);
+    let repairer = spawn(move || {
+        fault(&mut a, lo(0), Access::write());
+        a
+    });
+    guest.set(1, 0, to(DATA + 1));
+    fault(&mut b, lo(0), Access::read());
+    drop((repairer.join().unwrap(), b));
+    guest.audit("R10", entry("not in the dirty log"));
+}
+
+model!(
+    r10_repair_meets_another_page,
+    r10_repair_meets_another_page_mutant,
+    "R10:",
+    a_repair_meets_another_page
+);
+
 /// Looks at the log first, and clears it then.
 fn peek_and_clear(guest: &Guest) -> bool {
     let mut bitmap = [0];
@@ -178,7 +245,9 @@ model!(r13_copy_by_ring, r13_copy_by_ring_mutant, "R13:", a_copy_by_ring);
 
 /// A harvest of dirty bits after the entry was taken away through which the guest stores.
 fn zap_and_harvest(guest: &Guest) -> bool {
-    guest.mmu.note_write(Gpa(PAGE), 8);
+    // What was derived from the table goes.
+    let table = PageRange::Guest { base: Gpa(PAGE), size: PAGE };
+    guest.mmu.set_host_writable(table, true).unwrap();
     harvest(guest)
 }
 

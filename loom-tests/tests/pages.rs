@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Shadow pages that are made, linked and torn down at the same time: R5, R6, R15, R17, R18.
+//! Shadow pages that are made, linked and torn down at the same time: R5, R6, R14, R15, R17,
+//! R18.
 #![cfg(loom)]
 
 use loom_tests::{Guest, PAGE, explore, fault, hi, lo, model, spawn, to};
@@ -56,6 +57,35 @@ model!(
     two_faults_make_one_page
 );
 
+/// An entry comes to map another page while it is being taken away.
+fn a_removal_meets_another_page() {
+    let guest = Guest::new(5, 4);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(2));
+    let mut vcpu = guest.vcpu();
+    fault(&mut vcpu, lo(0), Access::read());
+    let other = {
+        let guest = guest.clone();
+        spawn(move || {
+            guest.set(1, 0, to(3));
+            fault(&mut vcpu, lo(0), Access::read());
+            vcpu
+        })
+    };
+    guest.set(1, 0, to(4));
+    drop(other.join().unwrap());
+    let rmap = |found: &Disagreement| matches!(found, Disagreement::Links { list: "rmap", .. });
+    guest.audit("R14", rmap);
+}
+
+model!(
+    r14_removal_meets_another_page,
+    r14_removal_meets_another_page_mutant,
+    "R14:",
+    2,
+    a_removal_meets_another_page
+);
+
 /// Two faults map one page at two addresses.
 fn two_faults_map_one_page() {
     let guest = Guest::new(3, 4);
@@ -66,8 +96,8 @@ fn two_faults_map_one_page() {
     // Everything but the two entries is there.
     fault(&mut a, lo(0), Access::read());
     fault(&mut b, lo(1), Access::read());
-    guest.set(1, 0, to(2));
-    guest.set(1, 1, to(2));
+    guest.forget(1, 0);
+    guest.forget(1, 1);
     let other = spawn(move || {
         fault(&mut a, lo(0), Access::read());
         a
@@ -99,7 +129,7 @@ fn an_entry_goes_while_another_comes() {
         fault(&mut vcpu, gva, Access::read());
     }
     // Everything for the address but its entry is there.
-    guest.set(2, 0, to(3));
+    guest.forget(2, 0);
     let comes = spawn(move || {
         fault(&mut vcpu, hi(0), Access::read());
         vcpu

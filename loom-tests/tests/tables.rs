@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guests that write their tables while faults read them: R1, R2, R24.
+//! Guests that write their tables while faults read them: R1, R2, R24, R35, R36.
 #![cfg(loom)]
 
 use loom_tests::{Guest, PAGE, entry, fault, hi, lo, model, spawn, to};
@@ -136,3 +136,57 @@ fn a_mark_meets_a_write() {
 }
 
 model!(r24_mark_meets_a_write, r24_mark_meets_a_write_mutant, "R24:", a_mark_meets_a_write);
+
+/// The guest clears a bit of its entry while a fault makes an entry from it.
+fn a_fault_meets_a_cleared_bit(bit: u64) {
+    let guest = Guest::new(4, 4);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(2));
+    guest.set(1, 1, to(3));
+    let mut vcpu = guest.vcpu();
+    // Everything but the entry is there.
+    fault(&mut vcpu, lo(1), Access::read());
+    let walker = spawn(move || {
+        fault(&mut vcpu, lo(0), Access::read());
+        vcpu
+    });
+    // Half a word, as in `a_mark_meets_a_write`.
+    guest.mmu.write_phys(Gpa(PAGE), &((to(2) & !bit) as u32).to_le_bytes());
+    drop(walker.join().unwrap());
+    guest.audit("R35", |found| {
+        entry("not present and accessed")(found) || entry("grant writing, they do not")(found)
+    });
+}
+
+model!(r35_fault_meets_a_cleared_a, r35_fault_meets_a_cleared_a_mutant, "R35:", || {
+    a_fault_meets_a_cleared_bit(bits::A)
+});
+
+model!(r35_fault_meets_a_cleared_d, r35_fault_meets_a_cleared_d_mutant, "R35:", || {
+    a_fault_meets_a_cleared_bit(bits::D)
+});
+
+/// The host writes a guest table past the engine, and says so, while the first fault on it makes the
+/// shadow page of the table and the entry.
+fn a_fault_meets_a_write_that_passes_by() {
+    let guest = Guest::new(4, 4);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(2));
+    let mut vcpu = guest.vcpu();
+    let _ = vcpu.fault(hi(0), Access::read());
+    let walker = spawn(move || {
+        fault(&mut vcpu, lo(0), Access::read());
+        vcpu
+    });
+    guest.swap(Gpa(PAGE), to(3));
+    guest.mmu.note_write(Gpa(PAGE), 8);
+    drop(walker.join().unwrap());
+    guest.audit("R36", entry("another page than"));
+}
+
+model!(
+    r36_fault_meets_a_write_that_passes_by,
+    r36_fault_meets_a_write_that_passes_by_mutant,
+    "R36:",
+    a_fault_meets_a_write_that_passes_by
+);

@@ -13,7 +13,7 @@ use crate::shadow::{
     RangeError, Release, Shape, StatsSnapshot, shift,
 };
 use crate::sync::epoch::Collector;
-use crate::sync::{Mark, Ordering, WouldDeadlock, fence};
+use crate::sync::{Mark, Ordering, WouldDeadlock, fence, rule};
 use crate::vcpu::{SoftProcessor, SoftVcpu, Vcpu, VcpuError};
 use std::sync::Arc;
 
@@ -373,6 +373,9 @@ impl Mmu {
         let guard = handle.pin();
         let map = self.engine.memory.load(&guard);
         let end = gpa.0.saturating_add(len).min(1 << PHYSICAL_BITS);
+        if !rule!(R36) {
+            return;
+        }
         // R2: the write, fence, then who shadows it.
         fence(Ordering::SeqCst);
         // By stretches of memory and the guest tables in them: a VMM may name the whole guest.

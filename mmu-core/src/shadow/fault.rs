@@ -624,6 +624,7 @@ impl Attempt<'_> {
         // R35: a walk that found the table read-only has set no A. If the host has made it writable
         // since, whoever did that may have passed this entry's page already.
         let marked = now & bits::A != 0 || !table.is_writable();
-        (now | flags) == (step.value | flags) && step.value & needed & !now == 0 && marked
+        let kept = step.value & needed & !now == 0 && marked;
+        (now | flags) == (step.value | flags) && (kept || !rule!(R35))
     }
 }

@@ -249,12 +249,12 @@ impl Flush {
         self.cover()
     }
 
-    /// The first half of [`Flush::settled`], for scans in several parts.
+    /// The first half of [`Flush::settled`], for scans in several parts (R12).
     pub(crate) fn met(&self, again: impl FnOnce(&mut Narrowing<'_>)) {
         // Pairs with the same fence of other scanners: what the scan saw changed has its narrowing
         // counted, or its record.
         fence(Ordering::SeqCst);
-        if self.in_flight() != 0 {
+        if self.in_flight() != 0 && rule!(R12) {
             again(&mut self.narrow());
         }
     }

@@ -57,7 +57,7 @@ pub(crate) use stats::Stats;
 use crate::addr::{ENTRIES, Gva, INDEX_BITS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle, Pool};
-use crate::sync::{AtomicU64, ConcurrentMap, Mutex, Ordering, fence, hint, lock, unique};
+use crate::sync::{AtomicU64, ConcurrentMap, Mutex, Ordering, fence, hint, lock, rule, unique};
 use core::cell::Cell;
 use flush::{Flush, Narrowing};
 use frames::Frames;
@@ -310,7 +310,8 @@ impl Engine {
         at: Location,
         keep: impl Fn(Spte) -> bool,
     ) -> bool {
-        let mut old = self.entry(at);
+        let met = self.entry(at);
+        let mut old = met;
         loop {
             if !(old.is_present() || old.is_pending() || old.is_mmio()) || keep(old) {
                 return false;
@@ -321,10 +322,14 @@ impl Engine {
                 Ok(()) if old.is_mmio() => return true,
                 Ok(()) => {
                     // A reservation may stand for an entry that is being widened, which processors
-                    // still remember.
-                    narrowing.entry(at, self.gva_of(at));
+                    // still remember. R21: so they do of a block.
+                    if !old.is_large() || rule!(R21) {
+                        narrowing.entry(at, self.gva_of(at));
+                    }
+                    // R14: by what was swapped out, not by what was met first.
+                    let removed = if rule!(R14) { old } else { met };
                     if old.is_present() {
-                        self.unlink(guard, at, old);
+                        self.unlink(guard, at, removed);
                     }
                     return true;
                 }

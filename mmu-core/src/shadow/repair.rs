@@ -16,6 +16,7 @@ use super::location::{FrameId, Location};
 use super::{Engine, index};
 use crate::addr::Gva;
 use crate::paging::Kind;
+use crate::sync::rule;
 
 impl Engine {
     /// Where the shadow has the entry for 4 KiB at the address, if the tables to it are linked.
@@ -34,12 +35,14 @@ impl Attempt<'_> {
     /// Makes the entry `at`, to which the access leads, writable, if that is all that it needs.
     pub(super) fn repair(&self, at: Location) -> Option<Outcome> {
         let (engine, info) = (self.engine, self.info);
-        let old = engine.entry(at);
+        let met = engine.entry(at);
+        // R10: one value for all.
+        let old = if rule!(R10) { met } else { engine.entry(at) };
         let write = info.access.kind == Kind::Write && !info.emulate;
         if !write || !old.grants_write() || old.is_writable() {
             return None;
         }
-        let page = self.map.by_machine(old.machine())?;
+        let page = self.map.by_machine(met.machine())?;
         let direct = engine.frames.page(at.frame()).key().role().is_direct();
         if direct && engine.shape.largest > 1 && !page.slot.logs_dirty() {
             // The block may be mapped whole again.
@@ -54,11 +57,16 @@ impl Attempt<'_> {
         };
         // Else what hinders it is for the whole of the fault to find out.
         fresh()?;
+        if !rule!(R13) {
+            self.mark_dirty(page);
+        }
         if !self.widen(at, old, (page, region.rmap_at(1, number)), fresh) {
             return None;
         }
         // R13: W first, then the dirty bit, then the guest.
-        self.mark_dirty(page);
+        if rule!(R13) {
+            self.mark_dirty(page);
+        }
         self.stats.pf_fixed.bump();
         self.stats.pf_fast.bump();
         Some(Outcome::Fixed)

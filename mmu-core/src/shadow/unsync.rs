@@ -125,7 +125,8 @@ impl Engine {
         if before == UNSYNC {
             return true;
         }
-        let marking = self.flush.advance().0 << SHIFT | MARKING;
+        // R33: not at once.
+        let marking = if rule!(R33) { self.flush.advance().0 << SHIFT | MARKING } else { UNSYNC };
         // An end of settling that was under way fails. R33: so does who is marking, and all is done
         // again: not all of it need have been done.
         let (success, failure) = (Ordering::AcqRel, Ordering::Acquire);

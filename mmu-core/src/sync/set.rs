@@ -43,10 +43,13 @@ impl Cell {
 pub(crate) struct LocationSet(AtomicU64);
 
 impl LocationSet {
-    /// Whether nothing is in the set. A Relaxed load: the caller orders it (R2, R20 by fences).
+    /// Whether nothing is in the set. The caller orders it against what it stored before (R2, R20 by
+    /// fences).
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.load(Ordering::Relaxed) & !LOCKED == 0
+        // R12: Acquire pairs with the Release of `unlock`: who misses an entry in a reverse map finds the
+        // record of its end in the log.
+        self.0.load(Ordering::Acquire) & !LOCKED == 0
     }
 
     /// The value, if exactly one is in the set.
