@@ -5,8 +5,8 @@ use loom::thread::JoinHandle;
 use mmu_core::sync::rules;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::Instant;
 
 /// Preemptions explored unless told otherwise.
@@ -35,6 +35,7 @@ pub fn explore_to(bound: usize, name: &str, model: impl Fn() + Send + Sync + 'st
         .ok()
         .map(|n| n.parse().unwrap_or_else(|_| panic!("LOOM_MAX_PREEMPTIONS={n}: not a number")));
     let bound = asked.unwrap_or(bound);
+    without_backtraces();
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(bound);
     builder.max_branches = BRANCHES;
@@ -75,6 +76,12 @@ pub fn spawn<T: 'static>(f: impl FnOnce() -> T + 'static) -> JoinHandle<T> {
         loom::thread::yield_now();
     }
     thread
+}
+
+/// A model's threads have small stacks, too small for a backtrace (RUST_BACKTRACE) where they panic.
+fn without_backtraces() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| std::panic::set_hook(Box::new(|panic| eprintln!("{panic}"))));
 }
 
 /// Runs a model with a rule switched off (for instance `"R05:"`, as its assertion begins); it must
