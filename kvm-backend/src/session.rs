@@ -2,6 +2,7 @@
 //! Runs a guest's vCPUs, one thread each, under a watchdog.
 
 use crate::cpu::{Cpu, Crash, Event, Place, Watch};
+use crate::guest::programs::deliver;
 use crate::regs::Regs;
 use crate::vm::{Vm, VmError};
 use mmu_core::vcpu::VcpuHandle;
@@ -62,8 +63,15 @@ struct Report {
     regs: Regs,
 }
 
+/// What a vCPU's thread is told.
+struct Order {
+    regs: Regs,
+    /// Page faults that the program expects are its own affair.
+    deliver: bool,
+}
+
 struct Seat {
-    commands: Sender<Regs>,
+    commands: Sender<Order>,
     handle: VcpuHandle,
     watch: Watch,
     running: bool,
@@ -131,8 +139,17 @@ impl Session<'_> {
 
     /// Starts a vCPU with these registers.
     pub fn start(&mut self, vcpu: usize, regs: Regs) {
+        self.order(vcpu, Order { regs, deliver: false });
+    }
+
+    /// The same for a program that [expects page faults](deliver).
+    pub fn start_delivering(&mut self, vcpu: usize, regs: Regs) {
+        self.order(vcpu, Order { regs, deliver: true });
+    }
+
+    fn order(&mut self, vcpu: usize, order: Order) {
         let seat = &mut self.seats[vcpu];
-        seat.running = seat.commands.send(regs).is_ok();
+        seat.running = seat.commands.send(order).is_ok();
     }
 
     /// Waits until every vCPU that was started has executed `hlt`; returns their registers in order.
@@ -236,12 +253,12 @@ impl Session<'_> {
 }
 
 /// A vCPU's thread: runs the guest when told to, lets others get on meanwhile.
-fn serve(vcpu: usize, mut cpu: Box<dyn Cpu>, orders: &Receiver<Regs>, report: &Sender<Report>) {
+fn serve(vcpu: usize, mut cpu: Box<dyn Cpu>, orders: &Receiver<Order>, report: &Sender<Report>) {
     loop {
         match orders.recv_timeout(IDLE) {
-            Ok(regs) => {
-                cpu.set_regs(&regs);
-                let event = cpu.run();
+            Ok(order) => {
+                cpu.set_regs(&order.regs);
+                let event = run(&mut *cpu, order.deliver);
                 if report.send(Report { vcpu, event, regs: cpu.regs() }).is_err() {
                     return;
                 }
@@ -249,5 +266,18 @@ fn serve(vcpu: usize, mut cpu: Box<dyn Cpu>, orders: &Receiver<Regs>, report: &S
             Err(RecvTimeoutError::Timeout) => cpu.idle(),
             Err(RecvTimeoutError::Disconnected) => return,
         }
+    }
+}
+
+/// Runs the guest until something happens that it does not see to itself.
+fn run(cpu: &mut dyn Cpu, delivers: bool) -> Event {
+    loop {
+        let event = cpu.run();
+        let Event::Crash(Crash::Fault(fault)) = &event else { return event };
+        let mut regs = cpu.regs();
+        if !delivers || !deliver(fault, &mut regs) {
+            return event;
+        }
+        cpu.set_regs(&regs);
     }
 }

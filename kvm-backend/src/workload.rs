@@ -2,6 +2,7 @@
 //! The workloads of `shadowmmu run`: what the guest does, and how the host checks it.
 
 mod churn;
+mod switch;
 
 use crate::guest::layout::control;
 use crate::guest::{Call, GuestImage, verify};
@@ -28,11 +29,13 @@ pub enum Workload {
     Precopy,
     /// The host changes the memory map while the guests use it.
     Churn,
+    /// Guests switch between address spaces and edit their page tables.
+    Switch,
 }
 
 impl Workload {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 4] = [Self::Touch, Self::Remap, Self::Precopy, Self::Churn];
+    pub const ALL: [Self; 5] = [Self::Touch, Self::Remap, Self::Precopy, Self::Churn, Self::Switch];
 
     /// As on the command line.
     #[must_use]
@@ -42,6 +45,7 @@ impl Workload {
             Self::Remap => "remap",
             Self::Precopy => "precopy",
             Self::Churn => "churn",
+            Self::Switch => "switch",
         }
     }
 }
@@ -115,6 +119,7 @@ pub fn run(workload: Workload, plan: &Plan, tick: &mut dyn FnMut(&Vm)) -> Result
             Workload::Remap => remap(&vm, session, end),
             Workload::Precopy => precopy(&vm, session, end),
             Workload::Churn => churn::churn(&vm, session, end),
+            Workload::Switch => switch::switch(&vm, session, end),
         }
     });
     let (summary, time, error) = match result {

@@ -20,7 +20,7 @@ fn run_prints_one_json_document() {
     assert!(document["backend_reason"].is_string());
     let runs = document["runs"].as_array().unwrap();
     let names: Vec<_> = runs.iter().map(|run| run["workload"].as_str().unwrap()).collect();
-    assert_eq!(names, ["touch", "remap", "precopy", "churn"]);
+    assert_eq!(names, ["touch", "remap", "precopy", "churn", "switch"]);
     for run in runs {
         assert_eq!(run["verified"], true);
         assert_eq!(run["audit"]["ok"], true);
@@ -49,6 +49,7 @@ fn bad_usage_names_the_argument() {
         (&["run", "--vcpus", "1000000", "--backend", "soft"], "--vcpus 1000000"),
         (&["run", "--vcpus", "two"], "two"),
         (&["run", "--memory", "1", "--backend", "soft"], "--memory 1"),
+        (&["run", "--vcpus", "64", "--memory", "4", "--backend", "soft"], "switch"),
         (&["run", "--memory", "0xffffffffffff", "--backend", "soft"], "--memory 281474976710655"),
         (&["run", "--memory", "1048576", "--backend", "soft"], "--memory 1048576"),
         (&["run", "--seconds", "0"], "--seconds 0"),

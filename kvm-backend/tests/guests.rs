@@ -61,6 +61,13 @@ fn churn() {
     verify(Workload::Churn, 5);
 }
 
+#[test]
+fn switch() {
+    verify(Workload::Switch, 1);
+    verify(Workload::Switch, 2);
+    verify(Workload::Switch, 5);
+}
+
 /// Runs a program on vCPU 1 (vCPU 0 idles) and returns how it ended.
 fn end_of(vm: &Vm, program: Program, address: Option<u64>) -> Result<Call, RunError> {
     let limit = Duration::from_secs(2);
@@ -96,6 +103,41 @@ fn a_guest_that_crashes_is_reported() {
         assert!(ud.contains("#UD"), "{backend:?}: {ud}");
         let gp = end_of(&vm, Program::NonCanonical, None).unwrap_err().to_string();
         assert!(gp.contains("vCPU 1") && (gp.contains("#GP") || gp.contains("canonical")), "{gp}");
+        vm.mmu().audit().unwrap();
+    }
+}
+
+#[test]
+fn a_fault_that_is_expected_goes_to_the_program() {
+    let there = CODE_GVA + Program::ReadUnmapped.offset();
+    let limit = Duration::from_secs(2);
+    for backend in backends() {
+        let vm = small(backend);
+        let run = |deliver: bool, resume| {
+            Session::with(&vm, limit, &mut || (), |session| {
+                let mut regs = vm.image().entry(Program::ReadUnmapped, 1);
+                regs.gpr[12] = resume;
+                match deliver {
+                    true => session.start_delivering(1, regs),
+                    false => session.start(1, regs),
+                }
+                session.wait().map(|halted| halted[1])
+            })
+        };
+        // Behind the instruction that faults (48 8b 07) the program says that it is done.
+        let regs = run(true, there + 3).unwrap();
+        assert_eq!(Call::from_regs(&regs), Call::Done(0), "{backend:?}");
+        assert_eq!(regs.gpr[12..15], [0, 4, UNMAPPED_GVA], "{backend:?}");
+        // To the faulting instruction itself: the second time nothing is expected.
+        for (deliver, resume) in [(true, there), (true, 0), (false, there + 3)] {
+            match run(deliver, resume) {
+                Err(RunError::Crash { place, crash: Crash::Fault(fault) }) => {
+                    assert_eq!((fault.gva, place.regs.rip), (Gva(UNMAPPED_GVA), there));
+                    assert_eq!(place.regs.gpr[12], if deliver { 0 } else { resume });
+                }
+                other => panic!("{backend:?}: {other:?}"),
+            }
+        }
         vm.mmu().audit().unwrap();
     }
 }

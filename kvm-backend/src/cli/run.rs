@@ -3,6 +3,8 @@
 
 use super::output::{Progress, table};
 use super::{Failure, number};
+use kvm_backend::guest::Layout;
+use kvm_backend::guest::switch::Spaces;
 use kvm_backend::vm::{Backend, VmError};
 use kvm_backend::workload::{self, Outcome, Plan, Workload};
 use serde_json::{Map, Value, json};
@@ -60,9 +62,11 @@ fn plan(args: &Args) -> Result<(Plan, String), Failure> {
         return Err(usage(format!("--seconds {}: not within 1..={MAX_SECONDS}", args.seconds)));
     }
     let vcpus = usize::try_from(args.vcpus).unwrap_or(usize::MAX);
-    kvm_backend::guest::Layout::new(args.memory, vcpus).map_err(|error| {
-        usage(format!("--vcpus {} --memory {}: {error}", args.vcpus, args.memory))
-    })?;
+    let bad = |error| usage(format!("--vcpus {} --memory {}: {error}", args.vcpus, args.memory));
+    let layout = Layout::new(args.memory, vcpus).map_err(bad)?;
+    if matches!(args.workload, None | Some(Workload::Switch)) {
+        Spaces::new(&layout).map_err(bad)?;
+    }
     // The guest's memory, and for precopy its copy.
     let copies = if matches!(args.workload, None | Some(Workload::Precopy)) { 2 } else { 1 };
     if let Some(available) = available_mib().filter(|mib| args.memory * copies > *mib) {

@@ -5,6 +5,7 @@ use super::churn;
 use super::layout::*;
 use super::paging::{NX, P, PAGE, PageTables, U, W, index};
 use super::programs::{MAGIC_SEED, Program, mix};
+use super::switch::Spaces;
 use crate::regs::Regs;
 
 /// A guest: layout and page tables. Its memory is written by [`GuestImage::write`].
@@ -60,6 +61,13 @@ impl GuestImage {
     #[must_use]
     pub fn cr3(&self) -> u64 {
         self.tables.root()
+    }
+
+    /// Guest-physical address of the table that maps the lowest 512 GiB: code, control page and stacks
+    /// are there.
+    #[must_use]
+    pub fn low_table(&self) -> u64 {
+        self.tables.table(CODE_GVA, 3).unwrap_or_default()
     }
 
     /// Where `gva` is mapped at the start.
@@ -198,9 +206,23 @@ impl GuestImage {
         (g[10], g[11]) = (DATA_GVA, SPARSE_GVA);
         regs
     }
+
+    /// Registers of vCPU `id` for [`Program::Switch`]. The [spaces](super::switch::Spaces) of this image
+    /// come first, and page faults must be [delivered](super::programs::deliver).
+    #[must_use]
+    pub fn switch(&self, spaces: &Spaces, id: usize, seed: u64) -> Regs {
+        let mut regs = self.entry(Program::Switch, id);
+        let g = &mut regs.gpr;
+        (g[RDI], g[RSI]) = (spaces.mirror(spaces.desk(id)), CONTROL_GVA);
+        g[RDX] = id as u64;
+        (g[RCX], g[RBX]) = (spaces.root(id, 0), self.cr3());
+        g[8] = precopy_state(id, seed);
+        (g[9], g[10]) = (MIRROR_GVA, SPACE_GVA);
+        regs
+    }
 }
 
-/// The first state of the generators of `precopy` and `churn`.
+/// The first state of the generators of `precopy`, `churn` and `switch`.
 pub(super) fn precopy_state(id: usize, seed: u64) -> u64 {
     mix(id as u64 + 1, seed) | 1
 }

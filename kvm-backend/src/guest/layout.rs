@@ -17,7 +17,8 @@
 //! | [`Layout::data_gpa`] | the rest | two data ranges of the same size, and at most one page left over |
 //!
 //! Far above it, at [`CHURN_GPA`], is the window of `churn`: memory that comes and goes, and a device that
-//! answers where there is none.
+//! answers where there is none. The data ranges are also what the address spaces of `switch` are made
+//! of, see [`Spaces`](super::switch::Spaces).
 //!
 //! | guest-virtual | rights | what |
 //! | --- | --- | --- |
@@ -32,6 +33,8 @@
 //! | [`CHURN_GVA`], and [`CHURN_SECOND`] after it | rw- | the window of `churn`, twice |
 //! | [`DATA_GVA`] | rw- | first data range (shares) |
 //! | [`OVERLAP_GVA`] | rw- | second data range (lanes) |
+//! | [`MIRROR_GVA`], [`MIRROR_LARGE_GVA`] | rw- | only in the spaces of `switch`: the memory that they are made of, by 4K and by 2M pages |
+//! | [`SPACE_GVA`] | | only there: what differs between them |
 //! | [`UNMAPPED_GVA`] | | never mapped |
 //!
 //! All are user pages; everything but code is no-execute.
@@ -91,6 +94,12 @@ pub const CHURN_SECOND: u64 = 2 << 20;
 pub const DATA_GVA: u64 = 1 << 40;
 /// Guest-virtual address of the second data range.
 pub const OVERLAP_GVA: u64 = 2 << 40;
+/// Guest-virtual address of the memory of `switch`'s spaces, mapped by 4K pages.
+pub const MIRROR_GVA: u64 = 4 << 40;
+/// Guest-virtual address of the same by 2M pages.
+pub const MIRROR_LARGE_GVA: u64 = MIRROR_GVA + (1 << 30);
+/// Guest-virtual address of what differs between the spaces of `switch`.
+pub const SPACE_GVA: u64 = 5 << 40;
 /// A guest-virtual address that is never mapped.
 pub const UNMAPPED_GVA: u64 = 0x7000_0000;
 
@@ -107,7 +116,7 @@ pub mod control {
     pub const ROUND: u64 = 0x00;
     /// `remap`: readers that have seen the round.
     pub const ACKS: u64 = 0x40;
-    /// Set to nonzero by the VMM to end `precopy`, `churn` and, at the next round, `remap`.
+    /// Set to nonzero by the VMM to end `precopy`, `churn`, `switch` and, at the next round, `remap`.
     pub const STOP: u64 = 0x80;
     /// `remap`: which page table is in use, 0 or 1.
     pub const LIVE: u64 = 0xc0;
@@ -140,6 +149,16 @@ pub enum ImageError {
     TablesFull {
         /// The end of the region.
         end: u64,
+    },
+    /// Too little memory for the address spaces of `switch`.
+    #[error(
+        "{memory_mib} MiB of memory are too little for the address spaces of {vcpus} vCPUs in `switch`"
+    )]
+    NoSpaces {
+        /// Memory in MiB.
+        memory_mib: u64,
+        /// vCPUs.
+        vcpus: usize,
     },
 }
 

@@ -7,6 +7,7 @@
 //! * [`paging`]: builds 4-level page tables.
 //! * [`image`]: puts it together, and gives each vCPU its first registers.
 //! * [`churn`]: the words of the program of that name.
+//! * [`switch`]: the address spaces and words of the program of that name, and a model of what it does.
 //! * [`verify`]: checks a guest's memory from outside.
 //!
 //! A guest talks to the VMM by `hlt` with the function in rax, see [`programs::Call`].
@@ -16,6 +17,7 @@ pub mod image;
 pub mod layout;
 pub mod paging;
 pub mod programs;
+pub mod switch;
 #[cfg(test)]
 mod tests;
 pub mod verify;

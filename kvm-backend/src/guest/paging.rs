@@ -18,6 +18,8 @@ pub const U: u64 = 1 << 2;
 pub const A: u64 = 1 << 5;
 /// Entry bit: dirty.
 pub const D: u64 = 1 << 6;
+/// Entry bit of a page directory: a 2M page.
+pub const PS: u64 = 1 << 7;
 /// Entry bit: no-execute.
 pub const NX: u64 = 1 << 63;
 /// The address in an entry.

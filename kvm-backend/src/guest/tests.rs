@@ -3,6 +3,7 @@
 //! forgets nothing but what `invlpg` names.
 
 mod churn;
+mod switch;
 
 use super::layout::*;
 use super::paging::PAGE;

@@ -8,13 +8,17 @@ mod churn;
 mod crash;
 mod precopy;
 mod remap;
+mod switch;
 mod touch;
+
+use crate::regs::Regs;
+use mmu_core::paging::Fault;
 
 /// What a guest says with `hlt`, by the function number in rax.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// 0: a pass is done; rbx holds a result (`remap`: rounds; `precopy`: writes; `churn`: increments;
-    /// `touch`: the seed).
+    /// `switch`: turns; `touch`: the seed).
     Done(u64),
     /// 1: a check failed.
     Failed {
@@ -32,7 +36,7 @@ pub enum Call {
 impl Call {
     /// The call in the registers of a vCPU that has executed `hlt`.
     #[must_use]
-    pub fn from_regs(regs: &crate::regs::Regs) -> Self {
+    pub fn from_regs(regs: &Regs) -> Self {
         let [rax, rcx, rdx, rbx, ..] = regs.gpr;
         match rax {
             0 => Call::Done(rbx),
@@ -40,6 +44,21 @@ impl Call {
             n => Call::Unknown(n),
         }
     }
+}
+
+/// Delivers a page fault to a program that expects one: if r12 is not zero the program goes on there, with
+/// the error code in r13, the address in r14 and zero in r12. There is no other handler; whether the guest
+/// expected the fault.
+pub fn deliver(fault: &Fault, regs: &mut Regs) -> bool {
+    let resume = std::mem::take(&mut regs.gpr[12]);
+    if fault.vector != Fault::PF || resume == 0 {
+        regs.gpr[12] = resume;
+        return false;
+    }
+    regs.rip = resume;
+    regs.gpr[13] = u64::from(fault.error_code);
+    regs.gpr[14] = fault.gva.0;
+    true
 }
 
 /// The programs.
@@ -53,6 +72,8 @@ pub enum Program {
     Precopy,
     /// Reads and writes memory that comes and goes, and counts in memory that stays.
     Churn,
+    /// Switches between address spaces and edits their page tables.
+    Switch,
     /// Reads the unmapped address in rdi.
     ReadUnmapped,
     /// Executes `ud2`.
@@ -65,11 +86,12 @@ pub enum Program {
 
 impl Program {
     /// All of them, in the order of the code pages.
-    pub const ALL: [Program; 8] = [
+    pub const ALL: [Program; 9] = [
         Program::Touch,
         Program::Remap,
         Program::Precopy,
         Program::Churn,
+        Program::Switch,
         Program::ReadUnmapped,
         Program::Ud2,
         Program::NonCanonical,
@@ -84,6 +106,7 @@ impl Program {
             Program::Remap => remap::code(),
             Program::Precopy => precopy::code(),
             Program::Churn => churn::code(),
+            Program::Switch => switch::code(),
             Program::ReadUnmapped => crash::read_unmapped(),
             Program::Ud2 => crash::ud2(),
             Program::NonCanonical => crash::non_canonical(),
@@ -124,7 +147,7 @@ pub fn mix(address: u64, seed: u64) -> u64 {
 /// The seed of the magics in the first words of the window's frames.
 pub const MAGIC_SEED: u64 = 0x6d61_6769_6331_3233;
 
-/// One step of the generator of `precopy` and `churn` (xorshift64).
+/// One step of the generator of `precopy`, `churn` and `switch` (xorshift64).
 #[must_use]
 pub fn xorshift(mut x: u64) -> u64 {
     x ^= x << 13;
