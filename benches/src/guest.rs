@@ -2,7 +2,7 @@
 //! Guest memory with page tables in it.
 
 use crate::figure::Failure;
-use mmu_core::addr::Gpa;
+use mmu_core::addr::{Gpa, Machine};
 use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig};
 use mmu_core::paging::{Regs, bits};
 use mmu_core::{Config, Mmu};
@@ -40,6 +40,12 @@ impl Memory {
     /// `size` bytes, with tables from `tables` on.
     pub fn new(size: u64, tables: u64) -> Self {
         Self { backing: Arc::new(AllocatedMemory::new(size)), next: tables, places: Vec::new() }
+    }
+
+    /// The same, where a real processor sees the memory from `machine` on.
+    pub fn at(machine: Machine, size: u64, tables: u64) -> Self {
+        let backing = Arc::new(AllocatedMemory::at(size, machine));
+        Self { backing, next: tables, places: Vec::new() }
     }
 
     /// `size` bytes, with tables at `places`.

@@ -10,6 +10,7 @@ mod cpu;
 mod figure;
 mod guest;
 mod measure;
+mod native;
 mod plot;
 mod processor;
 mod regime;

@@ -83,9 +83,18 @@ impl From<VcpuError> for VmError {
     }
 }
 
-/// The arena of a KVM machine as the engine's table memory.
+/// The arena of a KVM machine as the engine's table memory: zeroed words, of which the first is at the
+/// arena's machine address.
 #[derive(Debug)]
-struct Tables(TableArena);
+pub struct Tables(TableArena);
+
+impl Tables {
+    /// Of this arena, which lives as long.
+    #[must_use]
+    pub fn new(arena: TableArena) -> Self {
+        Self(arena)
+    }
+}
 
 // SAFETY: the arena owns its mapping, whose pages live as long as the arena, and hands it out as a
 // pointer only.
@@ -131,7 +140,7 @@ impl Vm {
             Backend::Kvm => {
                 let kvm = KvmMachine::new(vcpus, frames)?;
                 let (index, value) = kvm.stub_root_entry();
-                let config = Config::new(Arc::new(Tables(kvm.tables())));
+                let config = Config::new(Arc::new(Tables::new(kvm.tables())));
                 let end = kvm.memory_limit();
                 // Every processor has pages of 2 MiB.
                 let config = config.largest_page(2 << 20).reserve_root_entry(index, value);

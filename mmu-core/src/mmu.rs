@@ -440,7 +440,8 @@ impl Mmu {
 
     /// Reports the pages of a range that processors have used since their entries were made or aged:
     /// `report` gets the slot, the index in it of a page (a multiple of 64), and a bit for each page
-    /// from there on. Returns the number of pages.
+    /// from there on. Returns the number of pages. Some that were mapped ahead of a run of accesses
+    /// are among them, used or not.
     ///
     /// # Errors
     ///

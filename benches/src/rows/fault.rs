@@ -26,9 +26,9 @@ use std::time::Duration;
 /// First mapped address.
 const FIRST: u64 = 0x7f00_0000_0000;
 /// Pages that are touched.
-const PAGES: u64 = 2048;
+pub(super) const PAGES: u64 = 2048;
 /// Entries of a cache line.
-const LINE: u64 = 8;
+pub(super) const LINE: u64 = 8;
 
 /// Address of a page that is touched.
 fn gva(page: u64) -> u64 {
@@ -90,14 +90,14 @@ impl Guest {
 }
 
 /// Faults one by one, as a consumer with a processor of its own has them served.
-struct Faulter {
+pub(super) struct Faulter {
     guest: Guest,
     vcpu: RefCell<Vcpu>,
     faults: RefCell<u64>,
 }
 
 impl Faulter {
-    fn new(pages: u64, dense: u64, regime: Regime) -> Result<Self, Failure> {
+    pub(super) fn new(pages: u64, dense: u64, regime: Regime) -> Result<Self, Failure> {
         let guest = Guest::new(pages, dense, regime)?;
         let vcpu = guest.vm.mmu().create_vcpu(Arc::new(Brief), regs(guest.root));
         let vcpu = RefCell::new(vcpu.map_err(Failure::in_step("vCPU"))?);
@@ -126,11 +126,11 @@ impl Faulter {
     }
 
     /// One sample: the faults of as many rounds as fill it.
-    fn sample(&self, effort: &Effort) -> Result<f64, Failure> {
+    pub(super) fn sample(&self, effort: &Effort) -> Result<f64, Failure> {
         sample(effort, self.guest.pages, || self.all())
     }
 
-    fn verify(&self) -> Result<(), Failure> {
+    pub(super) fn verify(&self) -> Result<(), Failure> {
         self.guest.verify(*self.faults.borrow())
     }
 }

@@ -17,6 +17,7 @@ mod size;
 mod slots;
 mod soft;
 mod threads;
+mod trap;
 mod walk;
 mod zap;
 
@@ -38,6 +39,9 @@ pub fn all() -> Vec<Box<dyn Row>> {
         Box::new(cycle::Private),
         Box::new(cycle::Shared),
         Box::new(cycle::Contended),
+        Box::new(trap::OwnFault),
+        Box::new(trap::RoundTrip),
+        Box::new(trap::MapAround),
         Box::new(cycle::Emulated),
         Box::new(edit::Edits),
         Box::new(soft::TlbHit),

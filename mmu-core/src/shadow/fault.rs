@@ -15,7 +15,6 @@
 //! A fault never waits for another processor: it returns a [`Stall`] that the vCPU's loop waits
 //! for, outside any read section.
 
-use super::around::around;
 use super::flush::Generation;
 use super::location::{FrameId, Location};
 use super::role::{Key, Regime};
@@ -408,7 +407,7 @@ impl Attempt<'_> {
     fn split(&self, table: FrameId, walk: &Walk) {
         let block = self.map.block(walk.gpa.gfn(), pages(2));
         if self.engine.shape.largest > 1 && block.is_some() {
-            self.map_around(table, walk, None, 0..ENTRIES);
+            self.map_around(table, walk, None, 0..ENTRIES, |_| true);
         }
     }
 
@@ -514,8 +513,7 @@ impl Attempt<'_> {
             }
             self.stats.pf_fixed.bump();
             if level == 1 {
-                let own = super::index(self.info.gva, 1);
-                self.map_around(table, walk, step, around(own));
+                self.map_neighbours(table, walk, step);
             } else {
                 self.stats.pf_large.bump();
             }

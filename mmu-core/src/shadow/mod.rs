@@ -58,6 +58,7 @@ use crate::addr::{ENTRIES, Gva, INDEX_BITS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle, Pool};
 use crate::sync::{AtomicU64, ConcurrentMap, Mutex, Ordering, fence, hint, lock, rule, unique};
+use around::Windows;
 use core::cell::Cell;
 use flush::{Flush, Narrowing};
 use frames::Frames;
@@ -128,6 +129,8 @@ pub(crate) struct Context {
     /// A table that was linked before has been linked again: the processor may remember entries of it
     /// that have changed meanwhile, and must hear of that before it uses the link.
     pub(crate) relinked: Cell<bool>,
+    /// What its last faults have mapped.
+    windows: Windows,
 }
 
 impl Context {
@@ -179,7 +182,8 @@ impl Engine {
         self.apply_quota(&lock(&self.quota), &seats);
         let (handle, hint) = (self.collector.register(), Hint::default());
         let (tags, relinked) = (Cell::new(0), Cell::new(false));
-        Some(Context { handle, hint, id: id as u64, tags, relinked })
+        let windows = Windows::default();
+        Some(Context { handle, hint, id: id as u64, tags, relinked, windows })
     }
 
     /// The vCPU with this context is gone.
