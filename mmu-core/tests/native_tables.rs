@@ -250,8 +250,8 @@ fn a_table_that_points_at_itself_is_guarded() {
     let own = 0xffff_8000_0000_0000 | 256 << 30 | 256 << 21 | 256 << 12;
     let mut cpu = guest.vcpu();
     for n in 300..310 {
-        store(&mut cpu, own + n * 8, 2 << n);
-        assert_eq!(guest.read(Gpa(guest.root.0 + n * 8)), 2 << n);
+        store(&mut cpu, own + n * 8, n << 1);
+        assert_eq!(guest.read(Gpa(guest.root.0 + n * 8)), n << 1);
     }
     let stats = guest.mmu.stats();
     assert_eq!((stats.pf_emulate, stats.mmu_unsync), (10, 0));

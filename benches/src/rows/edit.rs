@@ -42,7 +42,7 @@ impl Guest {
     fn pass(&mut self) -> Result<(), Failure> {
         let mut session = self.cpu.session();
         for page in 0..EDITS {
-            let entry = (page * PAGE | LEAF).to_le_bytes();
+            let entry = ((page * PAGE) | LEAF).to_le_bytes();
             let stored = session.store(Gva(WINDOW), &entry, true);
             stored.map_err(Failure::in_step("store to a table"))?;
             session.invlpg(Gva(PAGE_GVA));
