@@ -119,7 +119,7 @@ impl SoftVcpu {
     /// though each is of 4 KiB here (SDM vol. 3, 5.10.4.1).
     pub fn invlpg(&mut self, gva: Gva) {
         if self.fractured {
-            return self.flush_all();
+            self.flush_all();
         }
         for user in [false, true] {
             let tag = tag(gva, user);
