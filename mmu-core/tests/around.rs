@@ -127,9 +127,9 @@ fn a_run_maps_only_what_the_guest_has_used() {
     let (guest, mut cpu) = guest();
     // Page 300 was never used; page 310 may not be written, and nobody has written page 320.
     let entries = [300, 310, 320].map(|page| guest.entry(guest.root, Gva(gva(page)), 1));
-    guest.write(entries[0], 300 * PAGE | RWU);
-    guest.write(entries[1], 310 * PAGE | RWU & !bits::RW | bits::A);
-    guest.write(entries[2], 320 * PAGE | RWU | bits::A);
+    guest.write(entries[0], (300 * PAGE) | RWU);
+    guest.write(entries[1], (310 * PAGE) | RWU & !bits::RW | bits::A);
+    guest.write(entries[2], (320 * PAGE) | RWU | bits::A);
     touch(&guest, &mut cpu, 0..300);
     assert_eq!(guest.read(entries[0]) & bits::A, 0);
     assert!(guest.mmu.stats().pte_prefetched > 400, "the run has got beyond them");

@@ -88,7 +88,7 @@ fn stores_to_the_tables_they_go_through_end() {
         let mut cpu = guest.vcpu();
         for round in 0..100 {
             store(&mut cpu, DATA + 8 * (8 + round), (0x1000 + round * PAGE) | RWU);
-            store(&mut cpu, !0 << 12 | 8 * (8 + round), (0x1000 + round * PAGE) | RWU);
+            store(&mut cpu, (!0 << 12) | (8 * (8 + round)), (0x1000 + round * PAGE) | RWU);
             let seen = guest.read(Gpa(guest.root.0 + 8 * (8 + round)));
             assert_eq!(seen & bits::ADDR, 0x1000 + round * PAGE);
             let seen = guest.read(Gpa(table.0 + 8 * (8 + round)));

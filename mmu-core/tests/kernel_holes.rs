@@ -42,7 +42,7 @@ fn entries_go_by_the_page_they_map_not_by_what_the_guest_says_now() {
         let table = guest.new_table();
         guest.write(Gpa(table.0), 0x8000 | USED);
         let (large, read_only) = (USED | bits::PS, bits::P | bits::US | bits::A | bits::PS);
-        [large, HOME | read_only, 8 * MIB | large, table.0 | USED, 0]
+        [large, HOME | read_only, (8 * MIB) | large, table.0 | USED, 0]
     };
     for blocks in [PAGE, 2 * MIB] {
         for edit in [Edit::Told, Edit::PassedBy] {
@@ -79,7 +79,7 @@ fn large_entry_changes_and_the_slot_goes(guest: &Guest, edit: Edit, value: u64) 
         let _ = cpu.session().load_u64(Gva(WINDOW + page * PAGE), true);
         let _ = other.session().store(Gva(WINDOW + page * PAGE), &[1], true);
     }
-    drop(guest.mmu.delete_slot(SLOT).unwrap());
+    guest.mmu.delete_slot(SLOT).unwrap();
     assert_eq!(Arc::strong_count(&backing), 1, "{what}: the slot's memory is still in use");
     guest.mmu.note_write(at, 8);
     guest.audit();
