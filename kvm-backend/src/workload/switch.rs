@@ -8,7 +8,7 @@
 //! shadow, and has it begin again with another seed.
 
 use super::{Done, SEED, audit, check, done};
-use crate::guest::layout::control;
+use crate::guest::layout::{MAX_VCPUS, control};
 use crate::guest::switch::{Counts, Model, Spaces};
 use crate::session::{RunError, Session};
 use crate::vm::Vm;
@@ -26,7 +26,8 @@ pub(super) fn switch(vm: &Vm, session: &mut Session<'_>, end: Instant) -> Done {
     let (mut passes, mut turns, mut ran) = (0, 0, Duration::ZERO);
     let mut counts = Counts::default();
     loop {
-        let seed = SEED + passes;
+        // A vCPU's generator begins with the sum of its number and this.
+        let seed = SEED + passes * MAX_VCPUS as u64;
         let begin = Instant::now();
         let end_of_pass = end.min(begin + PASS);
         let made = pass(vm, session, &spaces, seed, end_of_pass);
