@@ -85,6 +85,7 @@ model!(
     r19_dead_root_meets_a_new_one,
     r19_dead_root_meets_a_new_one_mutant,
     "R19:",
+    2,
     a_dead_root_meets_a_new_one
 );
 

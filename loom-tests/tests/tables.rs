@@ -81,6 +81,7 @@ model!(
     r02_writable_entry_meets_a_new_table,
     r02_writable_entry_meets_a_new_table_mutant,
     "R02:",
+    2,
     a_writable_entry_meets_a_new_table
 );
 
