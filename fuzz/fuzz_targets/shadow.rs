@@ -98,7 +98,7 @@ impl World {
             Kind::Execute => session.fetch(gva, &mut seen, user),
             Kind::Write if how & 16 != 0 && !crosses => {
                 let new = value;
-                session.cmpxchg(gva, 8, 0, new, user).map(|_| ())
+                session.cmpxchg(gva, 8, 0, new.into(), user).map(|_| ())
             }
             Kind::Write => session.store(gva, &value.to_le_bytes(), user),
         };

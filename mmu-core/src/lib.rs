@@ -48,9 +48,10 @@
 //!
 //! # Unsafe code
 //!
-//! It is confined to: `sync` (lists and snapshots behind raw pointers), `memory` and
-//! `shadow::frames` (guest and table memory as slices of atomics), `vcpu::soft` (the TLB's pointers
-//! into guest memory), `mmio` (tables and devices that are used without being counted).
+//! It is confined to: `sync` (lists and snapshots behind raw pointers, exchanges that the standard
+//! library lacks), `memory` and `shadow::frames` (guest and table memory as slices of atomics),
+//! `vcpu::soft` (the TLB's pointers into guest memory), `vcpu::access::vm_memory` (slices lent to
+//! vm-memory), `mmio` (tables and devices that are used without being counted).
 
 pub mod addr;
 pub mod memory;

@@ -7,14 +7,14 @@ use crate::memory::{
     SlotFlags, SlotId,
 };
 use crate::mmio::{Bus, CoalescedRing, Space};
-use crate::paging::Regs;
+use crate::paging::{Access, BadRegisters, Regs};
 use crate::shadow::{
     AuditReport, Disagreement, Engine, Invalidation, MIN_FRAMES, PageRange, Processor, QuotaError,
     RangeError, Release, Shape, StatsSnapshot, shift,
 };
 use crate::sync::epoch::Collector;
 use crate::sync::{Mark, Ordering, WouldDeadlock, fence, rule};
-use crate::vcpu::{SoftProcessor, SoftVcpu, Vcpu, VcpuError};
+use crate::vcpu::{GuestView, PatchError, SoftProcessor, SoftVcpu, Vcpu, VcpuError};
 use std::sync::Arc;
 
 /// Fewest table frames an engine works with; more are needed for more than eight vCPUs.
@@ -111,13 +111,13 @@ pub enum ConfigError {
 ///
 /// | call | waits for |
 /// | --- | --- |
-/// | [`Vcpu::fault`], [`Vcpu::read`], [`Vcpu::write`], [`Vcpu::translate`], [`Mmu::memory`], [`Mmu::stats`], [`Mmu::pin_page`], [`Mmu::write_phys`], [`Mmu::note_write`] | nobody (a fault may spin briefly on one page's reverse map) |
+/// | [`Vcpu::fault`], [`Vcpu::translate`], [`Vcpu::read`], [`Vcpu::write`] and what else goes through the guest's tables, [`Mmu::memory`], [`Mmu::stats`], [`Mmu::pin_page`], [`Mmu::write_phys`], [`Mmu::note_write`] | nobody (a fault may spin briefly on one page's reverse map) |
 /// | [`Vcpu::must_wait`], after a fault that stalled | nobody: it is polled |
 /// | [`Mmu::zap_all`], [`Mmu::set_nr_mmu_pages`], [`Mmu::test_young`], [`Mmu::clear_young`], [`Mmu::peek_dirty_log`] of a write-protected log | nobody |
 /// | [`Mmu::dirty_log`], [`Mmu::clear_dirty_log`], [`Mmu::reset_dirty_pages`] | vCPUs inside the guest, until they come out or drain; readers, where the log uses dirty bits |
 /// | [`Mmu::create_slot`] | other changes of the map, active invalidations; readers, once [`MAX_OLD_MAPS`](crate::memory::MAX_OLD_MAPS) old maps wait for them |
 /// | [`Mmu::delete_slot`], [`Mmu::move_slot`], [`Mmu::set_slot_flags`], [`Mmu::set_alias`], [`Mmu::remove_alias`] | other changes of the map, active invalidations, readers, vCPUs inside the guest |
-/// | [`Mmu::invalidate`] | changes of the map under way, vCPUs inside the guest |
+/// | [`Mmu::invalidate`], [`Mmu::patch_code`], [`Vcpu::patch_code`] | changes of the map under way, vCPUs inside the guest |
 /// | [`Mmu::set_host_writable`] | vCPUs inside the guest |
 /// | [`Mmu::synchronize`] | readers, vCPUs inside the guest |
 /// | [`Initiator`](crate::mmio::Initiator)s of [`Mmu::bus`] and [`Mmu::ports`] | nobody, apart from the device itself |
@@ -389,6 +389,28 @@ impl Mmu {
         }
     }
 
+    /// The memory of an address space as somebody in it sees it, with these registers. `who` has the
+    /// privilege, and says by its kind what a read through the view is: a read, a fetch, or the first
+    /// half of a read-modify-write. EFLAGS.AC is in the registers, and lifts SMAP.
+    ///
+    /// # Errors
+    ///
+    /// [`BadRegisters`], which names the value.
+    pub fn view(&self, regs: &Regs, who: Access) -> Result<GuestView, BadRegisters> {
+        GuestView::new(Arc::clone(&self.engine), regs, who)
+    }
+
+    /// Replaces code at `gpa`, `old`, by `new`, if it is still there; whether it was.
+    /// [`Vcpu::patch_code`] says how, and what it waits for. For code in one run of guest-physical
+    /// memory: a debugger's breakpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`PatchError`], which names the values; nothing has changed then.
+    pub fn patch_code(&self, gpa: Gpa, old: &[u8], new: &[u8]) -> Result<bool, PatchError> {
+        self.engine.patch_phys(gpa, old, new)
+    }
+
     /// Tears the whole shadow down, in constant time: vCPUs build another one from their next entry
     /// on, and the faults that follow free the old one a few pages at a time; [`Mmu::maintain`] frees
     /// what is left.
@@ -424,7 +446,7 @@ impl Mmu {
     ///
     /// [`RangeError`], which names the values; nothing has changed then.
     pub fn invalidate(&self, range: PageRange) -> Result<Invalidation, RangeError> {
-        self.engine.invalidate(range)
+        self.engine.invalidate(&[range])
     }
 
     /// Makes a range of guest memory read-only for every processor, or writable again: the host has

@@ -181,7 +181,7 @@ impl World {
                     let swapped = settle(|| {
                         let mut session = cpu.session();
                         let old = session.load_u64(at, user)?;
-                        session.cmpxchg(at, 8, old, old + 1, user)
+                        session.cmpxchg(at, 8, old.into(), (old + 1).into(), user)
                     });
                     self.added.fetch_add(u64::from(swapped == Some(Ok(()))), Ordering::Relaxed);
                 }

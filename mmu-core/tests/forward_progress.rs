@@ -57,7 +57,7 @@ fn the_same_write_again_and_again_is_emulated() {
             guest.mmu.zap_all();
         }
         assert_eq!(write(&mut vcpu, DATA), Outcome::Emulate { gpa: Gpa(0x1000) });
-        vcpu.write(Gva(DATA), &7u64.to_le_bytes(), true).unwrap();
+        vcpu.write(Gva(DATA), &7u64.to_le_bytes(), Access::write().user()).unwrap();
         assert_eq!(guest.read(Gpa(0x1000)), 7);
     }
     guest.audit();

@@ -111,7 +111,7 @@ fn a_page_the_host_made_read_only_is_not_written() {
     guest.mmu.set_host_writable(by_hva(&memory, 0, 1), false).unwrap();
     let refused = cpu.session().store(Gva(DATA), &[2], true);
     assert_eq!(refused, Err(SoftExit::HostReadOnly(Gpa(DATA))));
-    let refused = cpu.vcpu().write(Gva(DATA), &[2], true);
+    let refused = cpu.vcpu().write(Gva(DATA), &[2], Access::write().user());
     assert_eq!(refused, Err(AccessError::HostReadOnly { gpa: Gpa(DATA) }));
     assert_eq!(load(&mut cpu, DATA), 1);
     store(&mut cpu, DATA + PAGE, 2);

@@ -580,7 +580,7 @@ impl Stress {
                 }
                 _ => {
                     let old = values.get(&at).copied().unwrap_or(0);
-                    match cpu.session().cmpxchg(gva, 8, old, value, user) {
+                    match cpu.session().cmpxchg(gva, 8, u128::from(old), u128::from(value), user) {
                         Ok(swapped) => {
                             assert_eq!(swapped, Ok(()));
                             values.insert(at, value);

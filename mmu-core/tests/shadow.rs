@@ -274,7 +274,9 @@ fn stress_everything_at_once() {
                             let mut session = cpu.session();
                             let old = session.load_u64(Gva(at), true).unwrap();
                             assert_eq!(
-                                session.cmpxchg(Gva(at), 8, old, old + 1, true).unwrap(),
+                                session
+                                    .cmpxchg(Gva(at), 8, old.into(), (old + 1).into(), true)
+                                    .unwrap(),
                                 Ok(())
                             );
                             total.fetch_add(1, Ordering::Relaxed);

@@ -118,7 +118,7 @@ impl Lane {
             return self.resume();
         }
         let bytes = entry.to_le_bytes();
-        let written = vm.exclusive(|| self.vcpu.write(Gva(gva), &bytes, true));
+        let written = vm.exclusive(|| self.vcpu.write(Gva(gva), &bytes, Access::write().user()));
         written.map_err(Failure::in_step("emulated store"))?;
         self.resume()
     }

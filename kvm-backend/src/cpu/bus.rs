@@ -6,7 +6,7 @@ use crate::emu::{Bus, Exception, MAX_INSN, Stop};
 use mmu_core::addr::{Gpa, Gva, PAGE_SIZE};
 use mmu_core::mmio::Initiator;
 use mmu_core::paging::{Access, Invpcid, Regs as ControlRegs, bits};
-use mmu_core::vcpu::{AccessError, Session, SoftExit, Vcpu};
+use mmu_core::vcpu::{AccessError, Fragment, Session, SoftExit, Vcpu};
 
 /// What stops an instruction from outside.
 #[derive(Debug)]
@@ -31,8 +31,11 @@ impl From<AccessError> for Miss {
         Self::Halted(Halted::Crash(match error {
             AccessError::Fault(fault) => Crash::Fault(fault),
             AccessError::Unsupported { gva, size } => Crash::Locked { gva, size },
-            AccessError::Mmio { gpa, .. } => return Self::NoMemory(gpa),
+            AccessError::Mmio { gpa, .. } | AccessError::Apic { gpa } => {
+                return Self::NoMemory(gpa);
+            }
             AccessError::HostReadOnly { gpa } => Crash::HostReadOnly(gpa),
+            other => Crash::Host(other.to_string()),
         }))
     }
 }
@@ -52,27 +55,29 @@ impl From<SoftExit> for Miss {
 }
 
 impl Miss {
-    /// The access without memory goes to `device`.
-    fn or(self, device: impl FnOnce(Gpa) -> bool) -> Result<(), Halted> {
+    /// For an access that no device can answer.
+    fn without_device(self) -> Halted {
         match self {
-            Self::NoMemory(gpa) if device(gpa) => Ok(()),
-            Self::NoMemory(gpa) => Err(Halted::Crash(Crash::NoDevice(gpa))),
-            Self::Halted(halted) => Err(halted),
+            Self::NoMemory(gpa) => Halted::Crash(Crash::NoDevice(gpa)),
+            Self::Halted(halted) => halted,
         }
     }
 }
 
 /// One way to a vCPU's memory and registers.
 pub(super) trait Memory {
-    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), Miss>;
-    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<(), Miss>;
+    fn fetch(&mut self, gva: Gva, buf: &mut [u8]) -> Result<(), Miss>;
+    /// Reads what is in memory; the rest is for devices.
+    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<Vec<Fragment>, Miss>;
+    /// Writes what is in memory; the rest is for devices.
+    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<Vec<Fragment>, Miss>;
     fn cmpxchg(
         &mut self,
         gva: Gva,
         size: usize,
-        old: u64,
-        new: u64,
-    ) -> Result<Result<(), u64>, Miss>;
+        old: u128,
+        new: u128,
+    ) -> Result<Result<(), u128>, Miss>;
     fn regs(&self) -> &ControlRegs;
     fn set_cr3(&mut self, cr3: u64) -> Result<(), Stop<Halted>>;
     fn invalidate(&mut self, gva: Option<Gva>);
@@ -82,22 +87,26 @@ pub(super) trait Memory {
 /// Through the guest's own tables: single instructions for a vCPU that the processor runs. What the
 /// guest changed before an invalidation is in the flush log, and drained before it runs again.
 impl Memory for &mut Vcpu {
-    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), Miss> {
-        Ok(Vcpu::read(self, gva, buf, access)?)
+    fn fetch(&mut self, gva: Gva, buf: &mut [u8]) -> Result<(), Miss> {
+        Ok(Vcpu::read(self, gva, buf, Access::execute().user())?)
     }
 
-    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<(), Miss> {
-        Ok(Vcpu::write(self, gva, bytes, true)?)
+    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<Vec<Fragment>, Miss> {
+        Ok(self.read_emulated(gva, buf, access)?)
+    }
+
+    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<Vec<Fragment>, Miss> {
+        Ok(self.write_emulated(gva, bytes, Access::write().user())?)
     }
 
     fn cmpxchg(
         &mut self,
         gva: Gva,
         size: usize,
-        old: u64,
-        new: u64,
-    ) -> Result<Result<(), u64>, Miss> {
-        Ok(Vcpu::cmpxchg(self, gva, size, old, new, true)?)
+        old: u128,
+        new: u128,
+    ) -> Result<Result<(), u128>, Miss> {
+        Ok(Vcpu::cmpxchg(self, gva, size, old, new, Access::write().user())?)
     }
 
     fn regs(&self) -> &ControlRegs {
@@ -130,21 +139,35 @@ pub(super) struct Inside<'a> {
 }
 
 impl Memory for Inside<'_> {
-    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), Miss> {
-        Ok(self.session.read(gva, buf, access)?)
+    fn fetch(&mut self, gva: Gva, buf: &mut [u8]) -> Result<(), Miss> {
+        Ok(self.session.fetch(gva, buf, true)?)
     }
 
-    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<(), Miss> {
-        Ok(self.session.store(gva, bytes, true)?)
+    fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<Vec<Fragment>, Miss> {
+        match self.session.read(gva, buf, access) {
+            Ok(()) => Ok(Vec::new()),
+            Err(SoftExit::Mmio(_)) => Ok(self.session.vcpu().read_emulated(gva, buf, access)?),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    fn write(&mut self, gva: Gva, bytes: &[u8]) -> Result<Vec<Fragment>, Miss> {
+        match self.session.store(gva, bytes, true) {
+            Ok(()) => Ok(Vec::new()),
+            Err(SoftExit::Mmio(_)) => {
+                Ok(self.session.vcpu().write_emulated(gva, bytes, Access::write().user())?)
+            }
+            Err(other) => Err(other.into()),
+        }
     }
 
     fn cmpxchg(
         &mut self,
         gva: Gva,
         size: usize,
-        old: u64,
-        new: u64,
-    ) -> Result<Result<(), u64>, Miss> {
+        old: u128,
+        new: u128,
+    ) -> Result<Result<(), u128>, Miss> {
         Ok(self.session.cmpxchg(gva, size, old, new, true)?)
     }
 
@@ -176,10 +199,22 @@ pub(super) struct GuestBus<'a, M> {
 
 impl<M: Memory> GuestBus<'_, M> {
     fn read_for(&mut self, gva: u64, buf: &mut [u8], access: Access) -> Result<(), Halted> {
-        match self.memory.read(Gva(gva), buf, access.user()) {
-            Ok(()) => Ok(()),
-            Err(miss) => miss.or(|gpa| self.devices.read(gpa.0, buf)),
-        }
+        let left = self.memory.read(Gva(gva), buf, access.user()).map_err(Miss::without_device)?;
+        self.for_devices(left, |devices, Fragment { gpa, bytes, .. }| {
+            devices.read(gpa.0, &mut buf[bytes])
+        })
+    }
+
+    fn for_devices(
+        &mut self,
+        left: Vec<Fragment>,
+        mut access: impl FnMut(&mut Initiator, Fragment) -> bool,
+    ) -> Result<(), Halted> {
+        left.into_iter().try_for_each(|fragment| {
+            let gpa = fragment.gpa;
+            let done = access(self.devices, fragment);
+            done.then_some(()).ok_or(Halted::Crash(Crash::NoDevice(gpa)))
+        })
     }
 }
 
@@ -188,10 +223,8 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
 
     fn fetch(&mut self, gva: u64, buf: &mut [u8; MAX_INSN]) -> Result<usize, Halted> {
         let len = MAX_INSN.min((PAGE_SIZE - gva % PAGE_SIZE) as usize);
-        match self.memory.read(Gva(gva), &mut buf[..len], Access::execute().user()) {
-            Ok(()) => Ok(len),
-            Err(miss) => miss.or(|_| false).map(|()| 0),
-        }
+        self.memory.fetch(Gva(gva), &mut buf[..len]).map_err(Miss::without_device)?;
+        Ok(len)
     }
 
     fn read(&mut self, gva: u64, buf: &mut [u8]) -> Result<(), Halted> {
@@ -203,10 +236,10 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
     }
 
     fn write(&mut self, gva: u64, bytes: &[u8]) -> Result<(), Halted> {
-        match self.memory.write(Gva(gva), bytes) {
-            Ok(()) => Ok(()),
-            Err(miss) => miss.or(|gpa| self.devices.write(gpa.0, bytes).is_done()),
-        }
+        let left = self.memory.write(Gva(gva), bytes).map_err(Miss::without_device)?;
+        self.for_devices(left, |devices, Fragment { gpa, bytes: part, .. }| {
+            devices.write(gpa.0, &bytes[part]).is_done()
+        })
     }
 
     fn cmpxchg(
@@ -216,10 +249,7 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
         new: u128,
         size: usize,
     ) -> Result<Result<(), u128>, Halted> {
-        match self.memory.cmpxchg(Gva(gva), size, old as u64, new as u64) {
-            Ok(result) => Ok(result.map_err(u128::from)),
-            Err(miss) => miss.or(|_| false).map(Ok),
-        }
+        self.memory.cmpxchg(Gva(gva), size, old, new).map_err(Miss::without_device)
     }
 
     fn read_cr(&mut self, n: u8) -> Result<u64, Stop<Halted>> {
@@ -254,5 +284,91 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
     fn invlpg(&mut self, gva: u64) -> Result<(), Stop<Halted>> {
         self.memory.invalidate(Some(Gva(gva)));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mmu_core::memory::{AllocatedMemory, SlotConfig};
+    use mmu_core::mmio::Device;
+    use mmu_core::{Config, Mmu};
+    use std::sync::{Arc, Mutex};
+
+    /// Reads as its offsets, and remembers what was written.
+    #[derive(Default)]
+    struct Registers(Mutex<Vec<(u64, Vec<u8>)>>);
+
+    impl Device for Registers {
+        fn read(&self, _base: u64, offset: u64, buf: &mut [u8]) {
+            buf.iter_mut()
+                .zip(offset..)
+                .for_each(|(byte, at)| *byte = (at as u8).wrapping_add(0xa0));
+        }
+        fn write(&self, _base: u64, offset: u64, bytes: &[u8]) {
+            self.0.lock().unwrap().push((offset, bytes.to_vec()));
+        }
+    }
+
+    /// A page of memory at 0x1000, a device after it, and after that a device that is not there.
+    fn machine() -> (Mmu, Arc<Registers>) {
+        let mmu = Mmu::new(Config::new(Arc::new(AllocatedMemory::new(1 << 20)))).unwrap();
+        let memory = Arc::new(AllocatedMemory::new(1 << 20));
+        mmu.create_slot(SlotConfig::new(0, Gpa(0), memory)).unwrap();
+        let entries: [(u64, u64); 6] = [
+            (0x1000, 0x2007),
+            (0x2000, 0x3007),
+            (0x3000, 0x4007),
+            (0x4008, 0x5007),
+            (0x4010, 0xd000_0007),
+            (0x4018, 0xd000_1007),
+        ];
+        for (gpa, entry) in entries {
+            mmu.write_phys(Gpa(gpa), &entry.to_le_bytes());
+        }
+        let device = Arc::new(Registers::default());
+        mmu.bus().register(0xd000_0000, 0x1000, device.clone()).unwrap();
+        (mmu, device)
+    }
+
+    fn every_access<M: Memory>(mmu: &Mmu, device: &Registers, memory: M) {
+        let mut bus = GuestBus { devices: &mut mmu.bus().initiator(), memory };
+        bus.write(0x1ffa, b"abcdefgh").unwrap();
+        assert_eq!(device.0.lock().unwrap().drain(..).collect::<Vec<_>>(), [(0, b"gh".to_vec())]);
+        let mut operand = [0; 8];
+        bus.read(0x1ffa, &mut operand).unwrap();
+        assert_eq!(&operand, b"abcdef\xa0\xa1");
+        bus.read_for_write(0x2010, &mut operand[..2]).unwrap();
+        assert_eq!(operand[..2], [0xb0, 0xb1]);
+        // The part of the device that is not there.
+        let stop = bus.read(0x2ffc, &mut operand).unwrap_err();
+        assert!(matches!(stop, Halted::Crash(Crash::NoDevice(Gpa(0xd000_1000)))), "{stop:?}");
+        let stop = bus.fetch(0x2000, &mut [0; MAX_INSN]).unwrap_err();
+        assert!(matches!(stop, Halted::Crash(Crash::NoDevice(Gpa(0xd000_0000)))), "{stop:?}");
+        // Locked, across words and of 16 bytes.
+        bus.write(0x1800, &[0; 32]).unwrap();
+        assert_eq!(bus.cmpxchg(0x1806, 0, 0x11_2233_4455, 8).unwrap(), Ok(()));
+        let seen = 0x11_2233_4455 << 48;
+        assert_eq!(bus.cmpxchg(0x1800, 1, 2, 16).unwrap(), Err(seen));
+        assert_eq!(bus.cmpxchg(0x1800, seen, u128::MAX, 16).unwrap(), Ok(()));
+        let mut word = [0; 8];
+        bus.read(0x1808, &mut word).unwrap();
+        assert_eq!(word, [0xff; 8]);
+        let stop = bus.cmpxchg(0x183e, 0, 1, 4).unwrap_err();
+        let split = Crash::Locked { gva: Gva(0x183e), size: 4 };
+        assert!(matches!(stop, Halted::Crash(crash) if crash == split));
+    }
+
+    #[test]
+    fn accesses_are_divided_between_memory_and_devices() {
+        if cfg!(not(target_arch = "x86_64")) {
+            return;
+        }
+        let (mmu, device) = machine();
+        let regs = ControlRegs::long_mode(0x1000);
+        let mut cpu = mmu.create_soft_vcpu(regs).unwrap();
+        every_access(&mmu, &device, cpu.vcpu_mut());
+        every_access(&mmu, &device, Inside { session: cpu.session(), regs });
+        mmu.audit().unwrap();
     }
 }

@@ -53,7 +53,7 @@ pub enum Crash {
     #[error("access to {0}, which the VMM reserves for itself")]
     Reserved(Gva),
     /// A locked access that this backend cannot make as one step.
-    #[error("locked access of {size} bytes at {gva}, which is not within an aligned 8-byte word")]
+    #[error("locked access of {size} bytes at {gva}, which cannot be made as one step")]
     Locked {
         /// Guest-virtual address.
         gva: Gva,

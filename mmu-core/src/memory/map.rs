@@ -4,7 +4,7 @@
 use super::alias::{Alias, AliasError};
 use super::ranges::Ranges;
 use super::slot::Page;
-use super::{DirtyMode, DirtyRing, Region, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
+use super::{DirtyMode, DirtyRing, Region, Slot, SlotConfig, SlotError, SlotFlags, SlotId, words};
 use crate::addr::{Gfn, Gpa, Machine, PAGE_SHIFT, PAGE_SIZE};
 use crate::memory::PAGE_WORDS;
 use crate::sync::{AtomicU64, Life, Ordering, Snapshot, unique};
@@ -460,9 +460,8 @@ impl MemoryMap {
             let at = gpa.wrapping_add(done as u64);
             let Some(found) = self.page(at.gfn()) else { break };
             let page = ((PAGE_SIZE - at.page_offset()) as usize).min(bytes.len() - done);
-            for (word, value, mask) in words_of(at.page_offset(), &bytes[done..done + page]) {
-                let Some(cell) = found.word(word) else { return done };
-                store_masked(cell, value, mask);
+            if !words::store(found.words(), at.page_offset(), &bytes[done..done + page]) {
+                break;
             }
             found.mark_dirty(ring);
             done += page;
@@ -499,53 +498,6 @@ fn resolve(slots: &Ranges<Place>, aliases: &[Alias]) -> Ranges<Place> {
         }
     }
     places
-}
-
-/// Splits bytes at `offset` into aligned words: (offset of the word, value, mask).
-fn words_of(offset: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-    let mut at = 0;
-    core::iter::from_fn(move || {
-        let left = bytes.get(at..).filter(|left| !left.is_empty())?;
-        let byte = offset + at as u64;
-        let skip = (byte % 8) as usize;
-        let n = (8 - skip).min(left.len());
-        let (mut value, mut mask) = ([0; 8], [0; 8]);
-        value[skip..skip + n].copy_from_slice(&left[..n]);
-        mask[skip..skip + n].fill(0xff);
-        at += n;
-        Some((byte - skip as u64, u64::from_le_bytes(value), u64::from_le_bytes(mask)))
-    })
-}
-
-/// Stores the bytes under `mask`; the others keep what a vCPU may be writing to them.
-pub(crate) fn store_masked(cell: &AtomicU64, value: u64, mask: u64) {
-    if mask == u64::MAX {
-        // Release: a vCPU that sees the word sees what was written before it.
-        return cell.store(value, Ordering::Release);
-    }
-    let mut old = cell.load(Ordering::Relaxed);
-    while let Err(now) =
-        cell.compare_exchange_weak(old, old & !mask | value, Ordering::Release, Ordering::Relaxed)
-    {
-        old = now;
-    }
-}
-
-/// Exchanges the bytes under `mask` if they are `old`; the others keep what they are. The bytes as
-/// they were if they are not.
-pub(crate) fn exchange_masked(cell: &AtomicU64, old: u64, new: u64, mask: u64) -> Result<(), u64> {
-    let mut now = cell.load(Ordering::Acquire);
-    loop {
-        if now & mask != old & mask {
-            return Err(now & mask);
-        }
-        let next = now & !mask | new & mask;
-        // AcqRel: a locked instruction orders everything around it (SDM vol. 3, 9.2.2).
-        match cell.compare_exchange_weak(now, next, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => return Ok(()),
-            Err(changed) => now = changed,
-        }
-    }
 }
 
 #[cfg(all(test, not(loom)))]

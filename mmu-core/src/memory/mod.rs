@@ -20,6 +20,7 @@ mod ring;
 mod slot;
 #[cfg(all(feature = "vm-memory", not(loom)))]
 mod vm_memory;
+pub(crate) mod words;
 
 pub use alias::{Alias, AliasError, MAX_ALIASES};
 pub(crate) use backing::PAGE_WORDS;
@@ -29,9 +30,9 @@ pub use dirty::DirtyLogSlice;
 pub use dirty::{DirtyLog, Runs, runs};
 pub use error::SlotError;
 pub(crate) use invalid::Invalid;
+pub(crate) use map::View;
 pub use map::{Hint, MAX_SLOTS, MemoryMap};
-pub(crate) use map::{View, exchange_masked, store_masked};
-pub use pin::PinnedPage;
+pub use pin::{PinnedAccessError, PinnedPage};
 pub(crate) use region::Region;
 pub use ring::{DirtyPage, DirtyRing, RingError};
 pub(crate) use slot::Page;

@@ -121,6 +121,13 @@ impl Region {
         unsafe { self.words.as_ref() }
     }
 
+    /// The words of a page, in address order.
+    #[inline]
+    pub(crate) fn words_of(&self, index: usize) -> &[AtomicU64] {
+        let first = index * PAGE_WORDS;
+        self.words().get(first..first + PAGE_WORDS).unwrap_or_default()
+    }
+
     /// The word that holds the byte at `offset` (below 4096) of a page; `None` beyond the words
     /// that a model gives a page.
     #[inline]

@@ -201,6 +201,12 @@ impl<'m> Page<'m> {
         self.region().machine_of(self.index)
     }
 
+    /// The page's words, in address order.
+    #[inline]
+    pub(crate) fn words(self) -> &'m [AtomicU64] {
+        self.region().words_of(self.index)
+    }
+
     #[inline]
     pub(crate) fn word(self, offset: u64) -> Option<&'m AtomicU64> {
         self.region().word(self.index, offset)

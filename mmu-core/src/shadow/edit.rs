@@ -3,40 +3,15 @@
 
 use super::{Engine, FrameId, Location, Role, Spte, Stats};
 use crate::addr::{Gpa, PAGE_SIZE};
-use crate::memory::{DirtyRing, MemoryMap, exchange_masked};
+use crate::memory::{DirtyRing, MemoryMap, Page, Region};
 use crate::paging::{PagingMode, Path};
 use crate::sync::epoch::Guard;
-use crate::sync::{AtomicU64, Ordering, fence, rule};
+use crate::sync::{Ordering, fence, rule};
 use core::ops::Range;
 
 /// So many emulated writes to a guest table, with no fault through it, and it is taken for data: its
 /// shadow goes, and writes to it are native (KVM's write-flooding count).
 const FLOOD: u32 = if cfg!(loom) { u32::MAX } else { 3 };
-
-/// A compare-and-exchange of 1, 2, 4 or 8 bytes within an aligned 8-byte word.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Exchange {
-    /// Bytes from the beginning of the word, in bits.
-    shift: u32,
-    pub(crate) size: usize,
-    old: u64,
-    new: u64,
-}
-
-impl Exchange {
-    /// `None` if the size is none of 1, 2, 4 and 8, or the bytes cross the word's end.
-    pub(crate) fn new(address: u64, size: usize, old: u64, new: u64) -> Option<Self> {
-        let fits = matches!(size, 1 | 2 | 4 | 8) && (address % 8) as usize + size <= 8;
-        fits.then_some(Self { shift: (address % 8) as u32 * 8, size, old, new })
-    }
-
-    /// The bytes as they were, if they were not the expected ones.
-    pub(crate) fn apply(self, word: &AtomicU64) -> Result<(), u64> {
-        let mask = u64::MAX >> (64 - 8 * self.size as u32) << self.shift;
-        let (old, new) = (self.old << self.shift, self.new << self.shift);
-        exchange_masked(word, old, new, mask).map_err(|now| now >> self.shift)
-    }
-}
 
 impl Engine {
     /// Writes guest-physical memory, tells the shadow and the dirty log. Returns how many bytes
@@ -55,24 +30,18 @@ impl Engine {
         done
     }
 
-    /// Compares and exchanges part of an aligned 8-byte word of guest memory, as one step with
-    /// respect to every vCPU. `None` if it lies in no slot.
-    pub(crate) fn cmpxchg_phys(
+    /// Tells the dirty log and the shadow of bytes of a page that were just written.
+    pub(crate) fn wrote(
         &self,
         stats: &Stats,
         guard: &Guard<'_>,
         map: &MemoryMap,
         ring: Option<&DirtyRing>,
-        gpa: Gpa,
-        exchange: Exchange,
-    ) -> Option<Result<(), u64>> {
-        let page = map.page(gpa.gfn())?;
-        let result = exchange.apply(page.word(gpa.page_offset())?);
-        if result.is_ok() {
-            page.mark_dirty(ring);
-            self.guest_wrote(stats, guard, map, gpa, exchange.size as u64);
-        }
-        Some(result)
+        page: Page<'_>,
+        bytes: Range<u64>,
+    ) {
+        page.mark_dirty(ring);
+        self.page_wrote(stats, guard, map, page.region(), page.index, bytes);
     }
 
     /// Drops the shadow entries made from guest entries in the `len` bytes at `gpa`, which were
@@ -86,7 +55,30 @@ impl Engine {
         gpa: Gpa,
         len: u64,
     ) {
-        self.drop_derived(stats, guard, map, gpa..gpa.wrapping_add(len), |_| true);
+        let end = gpa.wrapping_add(len).0;
+        let mut at = gpa.0;
+        while at < end {
+            let page_end = (at & !(PAGE_SIZE - 1)).saturating_add(PAGE_SIZE).min(end);
+            if let Some(page) = map.page(Gpa(at).gfn()) {
+                let offset = at % PAGE_SIZE;
+                let bytes = offset..offset + (page_end - at);
+                self.page_wrote(stats, guard, map, page.region(), page.index, bytes);
+            }
+            at = page_end;
+        }
+    }
+
+    /// The same for bytes of one page, wherever the guest finds it.
+    pub(crate) fn page_wrote(
+        &self,
+        stats: &Stats,
+        guard: &Guard<'_>,
+        map: &MemoryMap,
+        region: &Region,
+        index: usize,
+        bytes: Range<u64>,
+    ) {
+        self.drop_derived(stats, guard, map, (region, index), bytes, |_| true);
     }
 
     /// What a walk that sets accessed and dirty bits means for the shadow: nothing where the table is of
@@ -102,19 +94,24 @@ impl Engine {
     ) {
         if mode.entry_size() == 4 {
             for step in path.steps().iter().filter(|step| step.entry.0 & 4 != 0) {
-                let bytes = step.entry..step.entry.wrapping_add(4);
-                self.drop_derived(stats, guard, map, bytes, |role| role.format().is_wide());
+                let Some(page) = map.page(step.entry.gfn()) else { continue };
+                let place = (page.region(), page.index);
+                let offset = step.entry.page_offset();
+                let wide = |role: Role| role.format().is_wide();
+                self.drop_derived(stats, guard, map, place, offset..offset + 4, wide);
             }
         }
     }
 
-    /// Drops the shadow entries made from guest entries in these bytes, by shadows of such roles.
+    /// Drops the shadow entries made from guest entries in these bytes of a page, by shadows of such
+    /// roles.
     fn drop_derived(
         &self,
         stats: &Stats,
         guard: &Guard<'_>,
         map: &MemoryMap,
-        Range { start: gpa, end }: Range<Gpa>,
+        (region, index): (&Region, usize),
+        bytes: Range<u64>,
         by: impl Fn(Role) -> bool,
     ) {
         // R2: own store, fence, foreign load. Pairs with the fence of the fault between its
@@ -122,57 +119,46 @@ impl Engine {
         if rule!(R02) {
             fence(Ordering::SeqCst);
         }
-        let (mut at, end) = (gpa.0, end.0);
-        while at < end {
-            let page_end = (at & !(PAGE_SIZE - 1)).saturating_add(PAGE_SIZE).min(end);
-            let gfn = Gpa(at).gfn();
-            let shadows = map
-                .page(gfn)
-                .and_then(|page| page.region().shadows.get(page.index))
-                .filter(|shadows| !shadows.is_empty());
-            if let Some(shadows) = shadows {
-                let bytes = at % PAGE_SIZE..at % PAGE_SIZE + (page_end - at);
-                // Nothing shared is written where nothing was derived from the entry.
-                let mut narrowing = None;
-                let mut met = false;
-                for frame in shadows.to_vec() {
-                    let frame = FrameId((frame - 1) as u32);
-                    let page = self.frames.page(frame);
-                    let role = page.key().role();
-                    if !by(role) {
-                        continue;
-                    }
-                    met = true;
-                    if !role.is_indirect() {
-                        continue;
-                    }
-                    // R18: a root in use stays.
-                    if page.count_write() > FLOOD && page.roots.load(Ordering::Relaxed) == 0 {
-                        if self.zap(guard, frame).is_some() {
-                            stats.mmu_flooded.bump();
-                        }
-                        continue;
-                    }
-                    for index in role.derived_from(bytes.clone()) {
-                        let entry = Location::new(frame, index);
-                        let spte = self.entry(entry);
-                        if matches!(spte, Spte::EMPTY | Spte::FROZEN)
-                            || self.is_reserved(frame, index)
-                            || self.still_derives(map, frame, entry, spte)
-                        {
-                            continue;
-                        }
-                        let narrowing = narrowing.get_or_insert_with(|| self.flush.narrow());
-                        if self.drop_entry(guard, narrowing, entry, |_| false) {
-                            stats.mmu_pte_zapped.bump();
-                        }
-                    }
+        let shadows = region.shadows.get(index).filter(|shadows| !shadows.is_empty());
+        let Some(shadows) = shadows.filter(|_| !bytes.is_empty()) else { return };
+        // Nothing shared is written where nothing was derived from the entry.
+        let mut narrowing = None;
+        let mut met = false;
+        for frame in shadows.to_vec() {
+            let frame = FrameId((frame - 1) as u32);
+            let page = self.frames.page(frame);
+            let role = page.key().role();
+            if !by(role) {
+                continue;
+            }
+            met = true;
+            if !role.is_indirect() {
+                continue;
+            }
+            // R18: a root in use stays.
+            if page.count_write() > FLOOD && page.roots.load(Ordering::Relaxed) == 0 {
+                if self.zap(guard, frame).is_some() {
+                    stats.mmu_flooded.bump();
                 }
-                if met {
-                    stats.mmu_pte_write.bump();
+                continue;
+            }
+            for index in role.derived_from(bytes.clone()) {
+                let entry = Location::new(frame, index);
+                let spte = self.entry(entry);
+                if matches!(spte, Spte::EMPTY | Spte::FROZEN)
+                    || self.is_reserved(frame, index)
+                    || self.still_derives(map, frame, entry, spte)
+                {
+                    continue;
+                }
+                let narrowing = narrowing.get_or_insert_with(|| self.flush.narrow());
+                if self.drop_entry(guard, narrowing, entry, |_| false) {
+                    stats.mmu_pte_zapped.bump();
                 }
             }
-            at = page_end;
+        }
+        if met {
+            stats.mmu_pte_write.bump();
         }
     }
 

@@ -559,7 +559,7 @@ impl Attempt<'_> {
         if let Some(links) = links {
             links.add(at.word());
         }
-        // R2, R17: own store, fence, foreign load. Pairs with the fences of `guest_wrote`,
+        // R2, R17: own store, fence, foreign load. Pairs with the fences of `drop_derived`,
         // `ensure_protected` and `zap`.
         if rule!(R02) {
             fence(Ordering::SeqCst);

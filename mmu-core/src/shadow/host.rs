@@ -91,10 +91,10 @@ impl Engine {
         })
     }
 
-    /// Takes the pages of the range away from every processor until the [`Invalidation`] ends.
+    /// Takes the pages of the ranges away from every processor until the [`Invalidation`] ends.
     pub(crate) fn invalidate(
         self: &Arc<Self>,
-        range: PageRange,
+        ranges: &[PageRange],
     ) -> Result<Invalidation, RangeError> {
         self.may_wait()?;
         // R26: a change of the map that queues holds the lock and waits for this thread's first one.
@@ -103,7 +103,11 @@ impl Engine {
         }
         let stretches = {
             let _writer = lock(&self.writer);
-            let stretches = self.pages_in(&self.memory.snapshot(), range)?;
+            let map = self.memory.snapshot();
+            let mut stretches = Stretches::new();
+            for range in ranges {
+                stretches.append(&mut self.pages_in(&map, *range)?);
+            }
             for (slot, pages) in &stretches {
                 slot.region().invalid.begin(pages.clone());
             }

@@ -46,7 +46,6 @@ pub use reclaim::QuotaError;
 pub use slots::Release;
 pub use stats::StatsSnapshot;
 
-pub(crate) use edit::Exchange;
 pub(crate) use fault::{FaultInfo, withheld};
 pub(crate) use flush::{Cursor, VcpuState, request};
 pub(crate) use reclaim::MIN_FRAMES;
@@ -57,7 +56,9 @@ pub(crate) use stats::Stats;
 use crate::addr::{ENTRIES, Gva, INDEX_BITS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle, Pool};
-use crate::sync::{AtomicU64, ConcurrentMap, Mutex, Ordering, fence, hint, lock, rule, unique};
+use crate::sync::{
+    AtomicU64, ConcurrentMap, Mutex, Ordering, Sequence, fence, hint, lock, rule, unique,
+};
 use around::Windows;
 use core::cell::Cell;
 use flush::{Flush, Narrowing};
@@ -95,6 +96,8 @@ pub(crate) struct Engine {
     /// Host invalidations that have begun and not ended, and how many have ended.
     invalidating: AtomicU64,
     invalidated: AtomicU64,
+    /// Patches of guest code (R38).
+    pub(crate) patches: Sequence,
     /// Nothing else in this process has it.
     id: u64,
     /// Counts of what no vCPU did.
@@ -160,6 +163,7 @@ impl Engine {
             quota: Mutex::new(Quota::default()),
             invalidating: AtomicU64::new(0),
             invalidated: AtomicU64::new(0),
+            patches: Sequence::new(),
             id: unique(),
             seats: Mutex::new(Vec::new()),
             stats: Stats::default(),

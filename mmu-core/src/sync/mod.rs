@@ -20,16 +20,20 @@ mod limbo;
 mod map;
 #[cfg(loom)]
 pub mod rules;
+mod sequence;
 mod set;
 mod threads;
+mod wide;
 
 pub(crate) use chunks::LazyArray;
 pub(crate) use door::Door;
 pub(crate) use limbo::{Life, Limbo, Published, Snapshot};
 pub(crate) use map::ConcurrentMap;
+pub(crate) use sequence::Sequence;
 pub(crate) use set::LocationSet;
 pub use threads::WouldDeadlock;
 pub(crate) use threads::{Mark, thread_number, unique};
+pub(crate) use wide::exchange_across;
 
 pub use core::sync::atomic::Ordering;
 

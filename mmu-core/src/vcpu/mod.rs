@@ -4,16 +4,45 @@
 //!
 //! A [`Vcpu`] belongs to one thread at a time. It is *outside* the guest except between
 //! [`Vcpu::enter`] and [`Vcpu::leave`]; other threads wait for it to drain only while it is inside.
+//!
+//! # The emulator's accesses
+//!
+//! | here | in KVM | where part of it is no memory |
+//! | --- | --- | --- |
+//! | [`Vcpu::read`] | `emulator_read_std` | an error |
+//! | [`Vcpu::fetch`] | `kvm_fetch_guest_virt` | an error |
+//! | [`Vcpu::write`] | `emulator_write_std` | an error |
+//! | [`Vcpu::read_emulated`] | `emulator_read_emulated` | a [`Fragment`] |
+//! | [`Vcpu::write_emulated`] | `emulator_write_emulated` | a [`Fragment`] |
+//! | [`Vcpu::cmpxchg`] | `emulator_cmpxchg_emulated` | an error |
+//! | [`Vcpu::pin`] | `gva_to_page` in `kvm_emulate_pio_string` | an error |
+//! | [`Vcpu::patch_code`] | `kvm_fix_hypercall` | an error |
+//! | [`Vcpu::view`]: a [`GuestView`] | | an error |
+//!
+//! An access may cross pages, and each page has a fate of its own. All are known before the first
+//! byte is read or written, so an error means that nothing was; the fault is that of the first page
+//! that has one, but an address that is not canonical comes before every page fault. (The processor,
+//! too, checks all of an access before it stores any of it.) Accessed and dirty bits are set as by a
+//! processor.
+//!
+//! Each aligned 8-byte word, or the part of it that an access has, is read or written as one: an
+//! aligned access of 1, 2, 4 or 8 bytes is a single step with respect to every vCPU, hardware
+//! ones included (SDM vol. 3, 9.1.1). The bytes beside a written part keep what others write to them
+//! at the same time. A write is in the dirty log and in the vCPU's dirty ring, and if it hits a guest
+//! page table that has a shadow, what was derived from it is dropped (R2). No access waits: a fetch
+//! that meets a patch under way spins while two words are stored.
 
 mod access;
 mod roots;
 mod soft;
 
-pub use access::{AccessError, Walker};
+pub use access::{AccessError, Fragment, GuestView, MAX_PINNED, PatchError, PinnedRange, Walker};
+#[cfg(all(feature = "vm-memory", not(loom)))]
+pub use access::{GuestVirtualMemory, NoBackend, Written};
 pub(crate) use soft::SoftProcessor;
 pub use soft::{Session, SoftExit, SoftVcpu};
 
-use crate::addr::{Gva, Machine};
+use crate::addr::{Gfn, Gva, Machine};
 use crate::memory::DirtyRing;
 use crate::paging::{
     Access, BadPdptrs, BadRegisters, Fault, Illegal, Invpcid, PagingMode, Regs, Walk, bits,
@@ -118,6 +147,8 @@ pub struct Vcpu {
     loaded: Option<FrameId>,
     faults: u64,
     repeats: Repeats,
+    /// Where its local APIC answers.
+    apic: Option<Gfn>,
     /// The next entry drains.
     stale: bool,
     /// What is waited for, and how long already.
@@ -151,6 +182,7 @@ impl Vcpu {
             wait: Backoff::default(),
             faults: 0,
             repeats: Repeats::default(),
+            apic: None,
         })
     }
 

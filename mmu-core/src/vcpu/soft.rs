@@ -4,13 +4,16 @@
 //! It is the consumer to use where there is no hardware, and to test with where there is. Like a
 //! processor it walks without a read section: what keeps it right is the flush protocol alone.
 
+use super::access::split;
 use super::{AccessError, Entry, Vcpu, VcpuHandle};
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::memory::PAGE_WORDS;
+use crate::memory::words::{self, Exchange};
 use crate::paging::{Access, Fault, Invpcid, Kind};
-use crate::shadow::{Downgrade, Exchange, FrameId, Location, Outcome, Processor, Stall, index};
+use crate::shadow::{Downgrade, FrameId, Location, Outcome, Processor, Stall, index};
 use crate::sync::{AtomicU64, Backoff, Ordering};
 use core::fmt;
+use core::ops::Range;
 
 /// Entries of the TLB; direct-mapped.
 const TLB: usize = if cfg!(loom) { 2 } else { 512 };
@@ -44,7 +47,7 @@ pub enum SoftExit {
     #[error("{0} is reserved by the VMM")]
     Reserved(Gva),
     /// A locked access that cannot be made as one step.
-    #[error("a locked access of {size} bytes at {gva} is not within an aligned 8-byte word")]
+    #[error("{}", AccessError::Unsupported { gva: *gva, size: *size })]
     Unsupported {
         /// Guest-virtual address.
         gva: Gva,
@@ -140,7 +143,7 @@ impl SoftVcpu {
     /// Goes inside the guest for a number of accesses. While the session lives, other threads that
     /// need a flush wait for its next access; end it before doing anything slow.
     pub fn session(&mut self) -> Session<'_> {
-        Session { cpu: self, inside: false }
+        Session { cpu: self, inside: false, stays: 0 }
     }
 
     fn flush_all(&mut self) {
@@ -154,6 +157,8 @@ impl SoftVcpu {
 pub struct Session<'v> {
     cpu: &'v mut SoftVcpu,
     inside: bool,
+    /// How often it went inside.
+    stays: u64,
 }
 
 impl Session<'_> {
@@ -166,7 +171,7 @@ impl Session<'_> {
         self.read(gva, buf, Access { user, ..Access::read() })
     }
 
-    /// Reads instruction bytes.
+    /// Reads instruction bytes: all from before a [patch](Vcpu::patch_code) of them, or from after it.
     ///
     /// # Errors
     ///
@@ -193,29 +198,21 @@ impl Session<'_> {
     /// [`SoftExit`]; nothing has been written then.
     pub fn store(&mut self, gva: Gva, bytes: &[u8], user: bool) -> Result<(), SoftExit> {
         let access = Access { user, ..Access::write() };
-        // No part is written before the fault of a later part is known.
-        self.touch(gva, bytes.len(), access)?;
-        let mut done = 0;
-        while done < bytes.len() {
-            let at = gva.wrapping_add(done as u64);
-            let skip = (at.0 % 8) as usize;
-            let n = (8 - skip).min(bytes.len() - done);
-            let part = &bytes[done..done + n];
-            match self.translate(at, access)? {
+        if let Some((value, mask)) = words::in_one(gva.0, bytes) {
+            return match self.translate(gva, access)? {
                 Found::Page(page) => {
-                    let (mut value, mut mask) = ([0; 8], [0; 8]);
-                    value[skip..skip + n].copy_from_slice(part);
-                    mask[skip..skip + n].fill(0xff);
-                    let word = self.word_of(page, at);
-                    crate::memory::store_masked(
-                        word,
-                        u64::from_le_bytes(value),
-                        u64::from_le_bytes(mask),
-                    );
+                    words::store_masked(self.word_of(page, gva), value, mask);
+                    Ok(())
                 }
-                Found::Emulate => self.emulate(|vcpu| vcpu.write(at, part, user))?,
-            }
-            done += n;
+                Found::Emulate => self.emulate(|vcpu| vcpu.write(gva, bytes, access)),
+            };
+        }
+        // No part is written before the fault of a later part is known.
+        let Some(parts) = self.parts(gva, bytes.len(), access)? else {
+            return self.emulate(|vcpu| vcpu.write(gva, bytes, access));
+        };
+        for (page, at, part) in parts.iter() {
+            words::store(self.words_from(page, at), at.0 % 8, &bytes[part]);
         }
         Ok(())
     }
@@ -225,23 +222,30 @@ impl Session<'_> {
     ///
     /// # Errors
     ///
-    /// [`SoftExit`]; [`SoftExit::Unsupported`] unless the size is 1, 2, 4 or 8 and the bytes lie
-    /// within an aligned 8-byte word.
+    /// [`SoftExit`]; [`SoftExit::Unsupported`] where [`Vcpu::cmpxchg`] refuses.
     pub fn cmpxchg(
         &mut self,
         gva: Gva,
         size: usize,
-        old: u64,
-        new: u64,
+        old: u128,
+        new: u128,
         user: bool,
-    ) -> Result<Result<(), u64>, SoftExit> {
-        let exchange =
-            Exchange::new(gva.0, size, old, new).ok_or(SoftExit::Unsupported { gva, size })?;
+    ) -> Result<Result<(), u128>, SoftExit> {
+        let unsupported = SoftExit::Unsupported { gva, size };
+        let exchange = Exchange::new(gva.0, size, old, new).ok_or(unsupported)?;
         let access = Access { user, ..Access::write() };
+        // A fault comes before the refusal of a split lock.
+        self.touch(gva, size, access)?;
         match self.translate(gva, access)? {
-            Found::Page(page) => Ok(exchange.apply(self.word_of(page, gva))),
-            Found::Emulate => self.emulate(|vcpu| vcpu.cmpxchg(gva, size, old, new, user)),
+            Found::Page(page) => exchange.apply(self.words_from(page, gva)).ok_or(unsupported),
+            Found::Emulate => self.emulate(|vcpu| vcpu.cmpxchg(gva, size, old, new, access)),
         }
+    }
+
+    /// The vCPU, for accesses through the guest's own tables: goes outside until the next access.
+    pub fn vcpu(&mut self) -> &Vcpu {
+        self.leave();
+        &self.cpu.vcpu
     }
 
     /// INVLPG.
@@ -275,15 +279,18 @@ impl Session<'_> {
     ///
     /// [`SoftExit`]; nothing has been read then.
     pub fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), SoftExit> {
-        self.touch(gva, buf.len(), access)?;
-        let mut done = 0;
-        while done < buf.len() {
-            let at = gva.wrapping_add(done as u64);
-            let skip = (at.0 % 8) as usize;
-            let n = (8 - skip).min(buf.len() - done);
-            let bytes = self.word(at, access)?.to_le_bytes();
-            buf[done..done + n].copy_from_slice(&bytes[skip..skip + n]);
-            done += n;
+        if gva.0 % 8 + buf.len() as u64 <= 8 && !buf.is_empty() {
+            let skip = (gva.0 % 8) as usize;
+            let word = self.word(gva, access)?.to_le_bytes();
+            buf.copy_from_slice(&word[skip..skip + buf.len()]);
+            return Ok(());
+        }
+        // R38: all in one stay inside, so that a patch of code comes before all of it or after it.
+        let Some(parts) = self.parts(gva, buf.len(), access)? else {
+            return self.emulate(|vcpu| vcpu.read(gva, buf, access));
+        };
+        for (page, at, part) in parts.iter() {
+            words::load(self.words_from(page, at), at.0 % 8, &mut buf[part]);
         }
         Ok(())
     }
@@ -320,15 +327,45 @@ impl Session<'_> {
         }
     }
 
+    /// The host pages of an access, all found in the present stay inside; `None` if not all of it can
+    /// go through the shadow.
+    #[inline]
+    fn parts(&mut self, gva: Gva, len: usize, access: Access) -> Result<Option<Parts>, SoftExit> {
+        let head = len.min((PAGE_SIZE - gva.page_offset()) as usize);
+        loop {
+            let mut parts = Parts { gva, head, first: None, rest: Vec::new() };
+            if len == 0 {
+                return Ok(Some(parts));
+            }
+            self.touch(gva, len, access)?;
+            let Found::Page(page) = self.translate(gva, access)? else { return Ok(None) };
+            parts.first = Some(page);
+            let stay = self.stays;
+            for (at, part) in split(gva, len).skip(1) {
+                let Found::Page(page) = self.translate(at, access)? else { return Ok(None) };
+                parts.rest.push((page, at, part));
+            }
+            // A page from before it went outside may be somebody else's memory by now.
+            if self.stays == stay {
+                return Ok(Some(parts));
+            }
+        }
+    }
+
+    /// The words of the page from the one around `gva` on.
+    fn words_from(&self, page: *const AtomicU64, gva: Gva) -> &[AtomicU64] {
+        // SAFETY: as in `word_of`, for the whole page.
+        let words = unsafe { core::slice::from_raw_parts(page, PAGE_WORDS) };
+        words.get(word_index(gva)..).unwrap_or_default()
+    }
+
     #[inline]
     fn word_of(&self, page: *const AtomicU64, gva: Gva) -> &AtomicU64 {
-        let offset = (gva.page_offset() / 8) as usize;
-        let offset = if cfg!(loom) { offset % PAGE_WORDS } else { offset };
         // SAFETY: `page` points at a page of a slot's backing, PAGE_WORDS words long. It was found
         // by a walk of the shadow tables, or in the TLB, since the vCPU went inside; whoever
         // releases the backing first takes the page's entries away and waits until this vCPU has
         // left or drained, which needs this same `&self`.
-        unsafe { &*page.add(offset) }
+        unsafe { &*page.add(word_index(gva)) }
     }
 
     /// Carries out an access through the guest's own tables, outside.
@@ -340,9 +377,10 @@ impl Session<'_> {
         let done = access(&self.cpu.vcpu);
         done.map_err(|error| match error {
             AccessError::Fault(fault) => self.raise(fault),
-            AccessError::Mmio { gpa, .. } => SoftExit::Mmio(gpa),
+            AccessError::Mmio { gpa, .. } | AccessError::Apic { gpa } => SoftExit::Mmio(gpa),
             AccessError::HostReadOnly { gpa } => SoftExit::HostReadOnly(gpa),
-            AccessError::Unsupported { gva, size } => SoftExit::Unsupported { gva, size },
+            AccessError::Unsupported { gva, size }
+            | AccessError::TooLong { gva, len: size, .. } => SoftExit::Unsupported { gva, size },
         })
     }
 
@@ -426,6 +464,7 @@ impl Session<'_> {
             match entered {
                 Ok(Entry::Run { generation, .. }) => {
                     self.inside = true;
+                    self.stays += 1;
                     self.cpu.vcpu.drained(generation);
                     if self.cpu.roots != self.cpu.vcpu.roots {
                         // As a load of CR3 does: the old tree may have become obsolete.
@@ -505,6 +544,30 @@ enum Found {
     Page(*const AtomicU64),
     /// Through the guest's own tables: no shadow entry can grant it.
     Emulate,
+}
+
+/// Host pages of an access, good until the vCPU goes outside. Only an access that crosses a page
+/// allocates.
+struct Parts {
+    gva: Gva,
+    /// Bytes in the first page.
+    head: usize,
+    first: Option<*const AtomicU64>,
+    rest: Vec<(*const AtomicU64, Gva, Range<usize>)>,
+}
+
+impl Parts {
+    fn iter(&self) -> impl Iterator<Item = (*const AtomicU64, Gva, Range<usize>)> + '_ {
+        let first = self.first.map(|page| (page, self.gva, 0..self.head));
+        first.into_iter().chain(self.rest.iter().cloned())
+    }
+}
+
+/// Index of the word in its page.
+#[inline]
+fn word_index(gva: Gva) -> usize {
+    let index = (gva.page_offset() / 8) as usize;
+    if cfg!(loom) { index % PAGE_WORDS } else { index }
 }
 
 #[inline]
