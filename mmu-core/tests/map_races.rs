@@ -62,6 +62,35 @@ fn retired_frames_of_an_idle_vcpu_come_back() {
     drop(idle);
 }
 
+/// The same for tables that it has written as data and that were torn down for that.
+#[test]
+fn flooded_tables_of_an_idle_vcpu_come_back() {
+    const WORDS: u64 = 8;
+    let guest = Guest::new(64 * MIB, 32 * MIB, 64, false);
+    for page in 0..200u64 {
+        guest.map(Gva(far(page)), Gpa(page * PAGE), RWU);
+    }
+    let mut idle = guest.vcpu();
+    let mut cpu = guest.vcpu();
+    let window = |page: u64| 0x7f00_0000_0000 + page * PAGE;
+    let tables: Vec<_> = (0..6).map(|page| guest.entry(guest.root, Gva(far(page)), 2)).collect();
+    for (page, entry) in tables.iter().enumerate() {
+        guest.map(Gva(window(page as u64)), entry.page(), RWU);
+        load(&mut idle, far(page as u64));
+    }
+    for page in 0..tables.len() as u64 {
+        (256..256 + WORDS).for_each(|word| store(&mut idle, window(page) + word * 8, 0));
+    }
+    assert_eq!(guest.mmu.stats().mmu_flooded, tables.len() as u64);
+    let ok = ends(Duration::from_secs(5), move || {
+        for page in 0..200u64 {
+            store(&mut cpu, far(page), page);
+        }
+    });
+    assert!(ok, "the fault of a vCPU waits for ever for frames in an idle vCPU's bag");
+    drop(idle);
+}
+
 /// From dirty bits to write-protection: an entry goes between the publication and the protection.
 #[test]
 fn a_dirty_bit_that_goes_during_a_change_of_mode_is_logged() {

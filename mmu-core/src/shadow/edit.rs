@@ -137,7 +137,7 @@ impl Engine {
             }
             // R18: a root in use stays.
             if page.count_write() > FLOOD && page.roots.load(Ordering::Relaxed) == 0 {
-                if self.zap(guard, frame).is_some() {
+                if self.zap(guard, frame) {
                     stats.mmu_flooded.bump();
                 }
                 continue;

@@ -395,7 +395,9 @@ impl Attempt<'_> {
             match link {
                 Link::Good => {}
                 // Another shadow of the same guest table begins in sync.
-                Link::Crowded => engine.zap_one(self.guard, child),
+                Link::Crowded => {
+                    engine.zap(self.guard, child);
+                }
                 Link::Stale(generation) => return Err(Retry::Stall(Stall::Flush(generation))),
             }
             return Err(Retry::Again);

@@ -101,13 +101,13 @@ impl Engine {
                     if let Some(spare) = made {
                         // R06: the loser of a race drops its own page.
                         stats.mmu_cache_race.bump();
-                        self.zap_one(guard, spare);
+                        self.zap(guard, spare);
                     }
                     return Ok(frame);
                 }
                 if page.is_live() {
                     // Obsolete.
-                    self.zap_one(guard, frame);
+                    self.zap(guard, frame);
                 }
                 // Being torn down: help it out of the hash.
                 self.pages.remove_if_equal(&key, frame);
@@ -128,7 +128,7 @@ impl Engine {
                 if !self.is_current(frame) {
                     // A slot's removal found it by its guest frame before it was in the hash, or it
                     // became obsolete in the making.
-                    self.zap_one(guard, frame);
+                    self.zap(guard, frame);
                     self.pages.remove_if_equal(&key, frame);
                     return Err(Retry::Again);
                 }

@@ -98,7 +98,7 @@ impl Engine {
         let mut zapped = false;
         for frame in (next..next.saturating_add(frames).min(end)).map(FrameId) {
             if self.is_over(self.frames.page(frame)) {
-                zapped |= self.zap(guard, frame).is_some();
+                zapped |= self.tear_down(guard, frame).is_some();
             }
         }
         if zapped {
@@ -182,17 +182,22 @@ impl Engine {
             self.flush.drained(generation, kick);
         }
         let (used, _) = self.frames.used_and_retired();
-        used < self.frames.quota() || self.frames.coming_back() == 0
+        // With fewer on their way than recycling leaves, it has more to do.
+        used < self.frames.quota() || self.frames.coming_back() < self.enough()
+    }
+
+    /// Frames on their way back at which recycling stops.
+    fn enough(&self) -> u32 {
+        (self.frames.quota() / 16).clamp(1, 16)
     }
 
     /// Tears down pages that no fault has used lately and that are no vCPU's root, until some frames
     /// are on their way back. Returns the generation that they wait for.
     fn recycle(&self, guard: &Guard<'_>) -> Generation {
         let used = self.frames.high_water().max(1);
-        let enough = (self.frames.quota() / 16).clamp(1, 16);
         // Twice round: the first may find every page in use.
         for _ in 0..2 * u64::from(used) {
-            if self.frames.coming_back() >= enough {
+            if self.frames.coming_back() >= self.enough() {
                 break;
             }
             // Relaxed: several threads share the round.
@@ -201,7 +206,7 @@ impl Engine {
             if !page.is_live() || page.roots.load(Ordering::Relaxed) > 0 || page.take_young() {
                 continue;
             }
-            if self.zap(guard, frame).is_some() {
+            if self.tear_down(guard, frame).is_some() {
                 self.stats.mmu_recycled.bump_shared();
             }
         }
@@ -250,7 +255,7 @@ impl Engine {
             let frame = FrameId(self.hand.fetch_add(1, Ordering::Relaxed) % high);
             let page = self.frames.page(frame);
             let in_use = page.roots.load(Ordering::Relaxed) > 0 || page.take_young();
-            if page.is_live() && !in_use && self.zap(&guard, frame).is_some() {
+            if page.is_live() && !in_use && self.tear_down(&guard, frame).is_some() {
                 self.stats.mmu_recycled.bump_shared();
             }
             guard.repin();

@@ -208,10 +208,11 @@ impl Engine {
                 }
             });
             if let Some(frame) = direct.filter(|_| self.shape.largest > 1) {
-                self.zap(&guard, frame);
+                self.tear_down(&guard, frame);
             }
             guard.repin();
         }
+        guard.flush();
     }
 
     /// Sets an alias. When this returns no processor uses what its range named before.
@@ -258,10 +259,11 @@ impl Engine {
         let mut guard = handle.pin();
         for (_, shadows) in slot.region().shadows.iter_range(pages) {
             for frame in shadows.to_vec() {
-                self.zap(&guard, FrameId((frame - 1) as u32));
+                self.tear_down(&guard, FrameId((frame - 1) as u32));
             }
             guard.repin();
         }
+        guard.flush();
     }
 
     /// Empties every entry that maps the page.

@@ -14,7 +14,9 @@ use std::sync::Arc;
 impl Engine {
     /// Tears a page down: unlinks it, empties it, and retires its frame. Returns the generation
     /// after which no processor uses it, or `None` if somebody else tears it down.
-    pub(crate) fn zap(&self, guard: &Guard<'_>, frame: FrameId) -> Option<Generation> {
+    ///
+    /// The frame stays with this thread until the caller flushes the guard, after its last page.
+    pub(crate) fn tear_down(&self, guard: &Guard<'_>, frame: FrameId) -> Option<Generation> {
         let page = self.frames.page(frame);
         // AcqRel: this thread sees the page's key, and whoever sees the mark sees it dying.
         page.state
@@ -67,12 +69,14 @@ impl Engine {
         Some(generation)
     }
 
-    /// The same for a thread that may tear nothing more down for long: others need not wait for it
-    /// to get the frame.
-    pub(super) fn zap_one(&self, guard: &Guard<'_>, frame: FrameId) {
-        if self.zap(guard, frame).is_some() {
+    /// Tears down a single page; false if somebody else does. This thread may idle from now on, and
+    /// nobody who waits for the frame waits for it.
+    pub(super) fn zap(&self, guard: &Guard<'_>, frame: FrameId) -> bool {
+        let mine = self.tear_down(guard, frame).is_some();
+        if mine {
             guard.flush();
         }
+        mine
     }
 
     /// Frames that were ever used have numbers below this.
