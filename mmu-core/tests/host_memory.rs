@@ -13,6 +13,7 @@ use mmu_core::sync::WouldDeadlock;
 use mmu_core::vcpu::{AccessError, SoftExit};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 const DATA: u64 = 16 * MIB;
 
@@ -89,7 +90,7 @@ fn changes_of_the_map_wait_for_invalidations() {
             guest.mmu.delete_slot(SlotId(1)).unwrap();
             done.store(true, Ordering::Release);
         });
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
         assert!(!done.load(Ordering::Acquire));
         taken.end();
     });
@@ -101,6 +102,29 @@ fn changes_of_the_map_wait_for_invalidations() {
     drop(first);
     let nothing = guest.mmu.invalidate(by_gpa(0, 1)).unwrap();
     assert_eq!(format!("{nothing:?}"), "[]");
+}
+
+/// Who invalidates may stop vCPUs before it ends: one that waits for it comes out.
+#[test]
+fn a_vcpu_that_waits_for_an_invalidation_can_be_stopped() {
+    let (guest, _) = guest(1);
+    let mut cpu = guest.vcpu();
+    let handle = cpu.handle();
+    let taken = guest.mmu.invalidate(by_gpa(0, 1)).unwrap();
+    std::thread::scope(|s| {
+        let load = s.spawn(|| cpu.session().load(Gva(DATA), &mut [0], true));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!load.is_finished());
+        handle.request_exit();
+        let end = Instant::now() + Duration::from_secs(10);
+        while !load.is_finished() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let stopped = load.is_finished();
+        taken.end();
+        assert_eq!((stopped, load.join().unwrap()), (true, Err(SoftExit::Requested)));
+    });
+    assert_eq!(load(&mut cpu, DATA), 0);
 }
 
 #[test]

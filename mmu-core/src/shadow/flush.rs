@@ -445,6 +445,11 @@ impl Cursor {
         self.state.requests.load(Ordering::Relaxed) != 0
     }
 
+    /// Whether the vCPU's thread is to return to its caller.
+    pub(crate) fn must_exit(&self) -> bool {
+        self.state.requests.load(Ordering::Relaxed) & request::EXIT != 0
+    }
+
     /// Hands every record since the last drain to `apply`, which must see to it that the processor
     /// has forgotten them before it runs guest code. Returns the generation that this reaches.
     pub(crate) fn drain(&mut self, flush: &Flush, mut apply: impl FnMut(Downgrade)) -> Generation {

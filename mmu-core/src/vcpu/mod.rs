@@ -397,6 +397,8 @@ impl Vcpu {
     /// whose processor remembers tables outside (unless [`Processor::forgets_outside`]) must let it
     /// drain inside between polls, without running guest code, so that two vCPUs that wait for each
     /// other get on. Waits for nobody itself.
+    ///
+    /// False also when the vCPU was asked to exit, which the next [`Vcpu::enter`] says.
     pub fn must_wait(&mut self, stall: Stall) -> bool {
         self.leave();
         if self.stall.replace(stall) != Some(stall) {
@@ -404,14 +406,15 @@ impl Vcpu {
         }
         let kick = self.wait.is_milestone();
         self.wait.step();
-        let wait = match stall {
-            Stall::Flush(generation) => !self.engine.flush.acknowledged(generation, kick),
-            Stall::Frames(generation) => {
-                !self.engine.flush.drained(generation, kick)
-                    || !self.engine.frames_are_back(&self.context, kick)
-            }
-            Stall::Invalidation(ended) => self.engine.invalidations_ended() == ended,
-        };
+        let wait = !self.cursor.must_exit()
+            && match stall {
+                Stall::Flush(generation) => !self.engine.flush.acknowledged(generation, kick),
+                Stall::Frames(generation) => {
+                    !self.engine.flush.drained(generation, kick)
+                        || !self.engine.frames_are_back(&self.context, kick)
+                }
+                Stall::Invalidation(ended) => self.engine.invalidations_ended() == ended,
+            };
         if !wait {
             self.stall = None;
         }
