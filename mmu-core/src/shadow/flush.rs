@@ -27,7 +27,9 @@
 use super::location::{FrameId, Location};
 use super::stats::Stats;
 use crate::addr::Gva;
-use crate::sync::{AtomicU32, AtomicU64, Door, Mutex, Ordering, fence, lock, rule, thread_number};
+use crate::sync::{
+    AtomicU32, AtomicU64, Door, Mutex, Ordering, fence, hint, lock, rule, thread_number,
+};
 use core::fmt;
 use std::sync::Arc;
 
@@ -35,6 +37,8 @@ use std::sync::Arc;
 const RECORDS: usize = if cfg!(loom) { 4 } else { 1024 };
 /// Logs.
 const LOGS: usize = if cfg!(loom) { 2 } else { 16 };
+/// Roots that a vCPU is counted for: one in use for each privilege, and the one it runs on.
+const ROOTS: usize = 3;
 
 /// A flush generation: counts the times that somebody relied on narrowings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -103,11 +107,21 @@ pub(crate) struct VcpuState {
     drained: AtomicU64,
     /// How far it has read each log.
     read: [AtomicU64; LOGS],
+    /// The roots that it is counted for (R19), one more than each frame's number: for the audit.
+    roots: [hint::AtomicU32; ROOTS],
     processor: Arc<dyn Processor>,
     pub(crate) stats: Stats,
 }
 
 impl VcpuState {
+    /// Says which roots the vCPU is counted for.
+    pub(crate) fn show_roots(&self, roots: [Option<FrameId>; ROOTS]) {
+        for (shown, root) in self.roots.iter().zip(roots) {
+            // Relaxed: looked at while nothing is in flight.
+            shown.store(root.map_or(0, |frame| frame.0 + 1), Ordering::Relaxed);
+        }
+    }
+
     /// Asks the vCPU to handle `requests` when it comes out, and with `kick` to come out. Returns
     /// whether it is outside, so that it will see the request before it runs guest code again
     /// (R22).
@@ -340,6 +354,7 @@ impl Flush {
             seen: AtomicU64::new(0),
             drained: AtomicU64::new(0),
             read: Default::default(),
+            roots: Default::default(),
             processor,
             stats: Stats::default(),
         });
@@ -383,6 +398,14 @@ impl Flush {
         for vcpu in self.vcpus.load().iter() {
             vcpu.request(request::FLUSH, false);
         }
+    }
+
+    /// The roots that all vCPUs are counted for.
+    pub(crate) fn roots(&self) -> Vec<FrameId> {
+        let vcpus = self.vcpus.load();
+        let shown = vcpus.iter().flat_map(|vcpu| &vcpu.roots);
+        let shown = shown.map(|root| root.load(Ordering::Relaxed));
+        shown.filter_map(|root| root.checked_sub(1)).map(FrameId).collect()
     }
 
     /// Narrowings begun and not ended.

@@ -361,12 +361,7 @@ impl Vcpu {
 
     /// The root for one privilege, loaded if need be; `None` if CR3 points at no memslot any more.
     fn root(&mut self, user: bool) -> Result<Option<FrameId>, Stall> {
-        // Dead roots of either privilege go: their frames wait for it.
-        for held in &mut self.roots {
-            if let Some(dead) = held.take_if(|root| !self.engine.is_current(*root)) {
-                self.engine.release_root(dead);
-            }
-        }
+        self.release_dead_roots();
         let held = &mut self.roots[usize::from(user)];
         if held.is_none() {
             let (engine, context, mode) = (&self.engine, &self.context, &self.mode);
@@ -382,15 +377,35 @@ impl Vcpu {
                 // What a load of CR3 flushes.
                 engine.sync_root(context, &self.state.stats, root);
                 self.recent.remember(space, root, engine.key_of(root));
+                self.show_roots();
             }
         }
-        Ok(*held)
+        Ok(self.roots[usize::from(user)])
+    }
+
+    /// Gives up dead roots of either privilege: their frames wait for it.
+    fn release_dead_roots(&mut self) {
+        let dead = self.roots.map(|held| held.filter(|root| !self.engine.is_current(*root)));
+        for (held, dead) in self.roots.iter_mut().zip(dead) {
+            if let Some(dead) = dead {
+                self.engine.release_root(dead);
+                *held = None;
+            }
+        }
+        if dead != [None; 2] {
+            self.show_roots();
+        }
     }
 
     fn release_roots(&mut self) {
         for root in self.roots.iter_mut().filter_map(Option::take) {
             self.engine.release_root(root);
         }
+        self.show_roots();
+    }
+
+    fn show_roots(&self) {
+        self.state.show_roots([self.roots[0], self.roots[1], self.loaded]);
     }
 
     /// Whether the operation that stalled must wait on. Poll it outside the guest; a consumer
@@ -461,6 +476,7 @@ impl Vcpu {
                     if let Some(old) = self.loaded.replace(root) {
                         self.engine.release_root(old);
                     }
+                    self.show_roots();
                 }
                 return Ok(Entry::Run { root: self.engine.table_machine(root), generation });
             }
