@@ -7,19 +7,18 @@
 //! enter the guest, which makes it drain what it was asked to. The regime's lock is held for each fault,
 //! each emulated store and each INVLPG, and for nothing else.
 
+use super::lanes::{Crowd, Ids, each, ids, measure};
 use crate::cpu::{Work, together};
-use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
+use crate::figure::{Failure, Found, Goal, Row, check_eq};
 use crate::guest::{LEAF, MIB, Memory, PAGE, regs};
-use crate::measure::{Effort, Samples, Variant, calibrate, interleave, per_operation, undisturbed};
+use crate::measure::{Effort, calibrate, per_operation};
 use crate::regime::{Brief, Regime, Vm};
-use crate::rows::threads::needs_two;
 use mmu_core::Config;
 use mmu_core::addr::Gva;
 use mmu_core::memory::AllocatedMemory;
 use mmu_core::paging::Access;
 use mmu_core::shadow::{Outcome, Stall};
 use mmu_core::vcpu::{Entry, Vcpu};
-use serde_json::json;
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -175,23 +174,6 @@ struct Setup {
 }
 
 impl Setup {
-    /// `lanes` vCPUs on one engine.
-    fn one(layout: Layout, kind: Kind, regime: Regime, lanes: usize) -> Result<Self, Failure> {
-        let (vm, lanes) = Self::vm(layout, kind, regime, lanes as u64)?;
-        Ok(Self { vms: vec![vm], lanes: RefCell::new(lanes), layout })
-    }
-
-    /// `lanes` engines with one vCPU each.
-    fn private(layout: Layout, kind: Kind, lanes: usize) -> Result<Self, Failure> {
-        let (mut vms, mut all) = (Vec::new(), Vec::new());
-        for _ in 0..lanes {
-            let (vm, lanes) = Self::vm(layout, kind, Regime::Rcu, 1)?;
-            vms.push(vm);
-            all.extend(lanes);
-        }
-        Ok(Self { vms, lanes: RefCell::new(all), layout })
-    }
-
     fn vm(
         layout: Layout,
         kind: Kind,
@@ -231,9 +213,32 @@ impl Setup {
         }
         Ok((vm, made))
     }
+}
 
-    /// One sample: every vCPU on a thread of its own, `cycles` times. Nanoseconds for each page
-    /// allocated, touched and freed, and whether the sample was disturbed.
+impl Crowd for Setup {
+    type Work = (Layout, Kind);
+
+    fn one((layout, kind): Self::Work, regime: Regime, lanes: usize) -> Result<Self, Failure> {
+        let (vm, lanes) = Self::vm(layout, kind, regime, lanes as u64)?;
+        Ok(Self { vms: vec![vm], lanes: RefCell::new(lanes), layout })
+    }
+
+    fn private((layout, kind): Self::Work, lanes: usize) -> Result<Self, Failure> {
+        let (mut vms, mut all) = (Vec::new(), Vec::new());
+        for _ in 0..lanes {
+            let (vm, lanes) = Self::vm(layout, kind, Regime::Rcu, 1)?;
+            vms.push(vm);
+            all.extend(lanes);
+        }
+        Ok(Self { vms, lanes: RefCell::new(all), layout })
+    }
+
+    fn calibrate(&self, effort: &Effort) -> Result<u64, Failure> {
+        let lane = &mut self.lanes.borrow_mut()[0];
+        calibrate(effort, || lane.cycle(&self.vms[0]))
+    }
+
+    /// For each page allocated, touched and freed.
     fn sample(&self, cycles: u64) -> Result<(f64, bool), Failure> {
         let mut lanes = self.lanes.borrow_mut();
         let pages = lanes.len() as u64 * cycles * PAGES;
@@ -272,206 +277,79 @@ impl Setup {
     }
 }
 
-/// Measures `lanes` vCPUs under each regime beside `private`, and adds a figure for each.
-fn measure(
-    effort: &Effort,
-    (layout, kind): (Layout, Kind),
-    lanes: usize,
-    figures: [(&'static str, &'static str, Option<Goal>); 3],
-    found: &mut Found,
-) -> Result<Samples, Failure> {
-    let effort = &if lanes == 2 { effort.short() } else { *effort };
-    let private = Setup::private(layout, kind, lanes)?;
-    // The total is the same however many vCPUs share it.
-    let passes = {
-        let lane = &mut private.lanes.borrow_mut()[0];
-        calibrate(effort, || lane.cycle(&private.vms[0]))?
-    };
-    let cycles = (2 * passes / lanes as u64).max(1);
-    let mut setups = vec![("private", private)];
-    for regime in Regime::ALL {
-        setups.push((regime.name(), Setup::one(layout, kind, regime, lanes)?));
-    }
-    let variants = setups.iter().map(|(name, setup)| -> Variant<'_> {
-        let run = move |_| match lanes {
-            2 => undisturbed(|| setup.sample(cycles)),
-            // More threads than processors disturb each other.
-            _ => Ok(setup.sample(cycles)?.0),
-        };
-        (*name, Box::new(run))
-    });
-    let samples = interleave(effort, variants.collect())?;
-    for (name, setup) in &setups {
-        setup.verify().map_err(Failure::in_step(name))?;
-    }
-    for ((id, what, goal), regime) in figures.into_iter().zip(Regime::ALL) {
-        let figure = Figure::throughput(id, what, &samples, [regime.name(), "private"])?
-            .detail("threads", json!(lanes))
-            .detail("pages_each", json!(cycles * PAGES));
-        found.figure(goal.map_or(figure.clone(), |goal| figure.goal(goal)));
-    }
-    Ok(samples)
+/// F2, F3, F4 or P1.
+#[derive(Debug)]
+pub struct Cycles {
+    layout: Layout,
+    kind: Kind,
+    what: [&'static str; 3],
+    /// For two vCPUs.
+    goal: Option<f64>,
+    ids: &'static Ids,
 }
 
-/// F2.
-#[derive(Debug)]
-pub struct Private;
-
-impl Row for Private {
-    fn id(&self) -> &'static str {
-        "F2"
-    }
-
-    fn figures(&self) -> &'static [&'static str] {
-        &["F2", "F2.rwlock", "F2.mutex"]
-    }
-
-    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
-        let mut found = Found::default();
-        if let Some(outcomes) = needs_two(self.figures()) {
-            return Ok(Found { outcomes, ..found });
+impl Cycles {
+    /// F2.
+    pub fn own_tables() -> Self {
+        let what = each!("vCPUs allocate, touch, free: own tables");
+        Self {
+            layout: Layout::OwnTables,
+            kind: Kind::Native,
+            what,
+            goal: Some(0.95),
+            ids: ids!("F2", judged),
         }
-        let figures = [
-            ("F2", "two vCPUs allocate, touch, free: own tables", Some(Goal::AtLeast(0.95))),
-            ("F2.rwlock", "the same under rwlock", None),
-            ("F2.mutex", "the same under mutex", None),
-        ];
-        let samples = measure(effort, (Layout::OwnTables, Kind::Native), 2, figures, &mut found)?;
-        found.plots.push(("F2: a page allocated, touched, freed", "ns, both together", samples));
-        Ok(found)
+    }
+
+    /// F3.
+    pub fn own_ranges() -> Self {
+        let what = each!("in one address space, own ranges");
+        Self {
+            layout: Layout::OwnRange,
+            what,
+            goal: Some(0.9),
+            ids: ids!("F3", judged),
+            ..Self::own_tables()
+        }
+    }
+
+    /// F4.
+    pub fn one_range() -> Self {
+        let what = each!("in one range");
+        Self {
+            layout: Layout::OneRange,
+            what,
+            goal: None,
+            ids: ids!("F4", judged),
+            ..Self::own_tables()
+        }
+    }
+
+    /// P1.
+    pub fn emulated() -> Self {
+        let what = each!("vCPUs' emulated table writes, with touches");
+        Self {
+            kind: Kind::Emulated,
+            what,
+            goal: Some(0.9),
+            ids: ids!("P1", judged),
+            ..Self::own_tables()
+        }
     }
 }
 
-/// F3.
-#[derive(Debug)]
-pub struct Shared;
-
-impl Row for Shared {
+impl Row for Cycles {
     fn id(&self) -> &'static str {
-        "F3"
+        self.ids[0][0]
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["F3", "F3.rwlock", "F3.mutex"]
+        self.ids.as_flattened()
     }
 
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
-        let mut found = Found::default();
-        if let Some(outcomes) = needs_two(self.figures()) {
-            return Ok(Found { outcomes, ..found });
-        }
-        let figures = [
-            ("F3", "the same in one address space, own ranges", Some(Goal::AtLeast(0.9))),
-            ("F3.rwlock", "the same under rwlock", None),
-            ("F3.mutex", "the same under mutex", None),
-        ];
-        let samples = measure(effort, (Layout::OwnRange, Kind::Native), 2, figures, &mut found)?;
-        found.plots.push(("F3: the same, one address space", "ns, both together", samples));
-        Ok(found)
-    }
-}
-
-/// F4.
-#[derive(Debug)]
-pub struct Contended;
-
-impl Row for Contended {
-    fn id(&self) -> &'static str {
-        "F4"
-    }
-
-    fn figures(&self) -> &'static [&'static str] {
-        &[
-            "F4",
-            "F4.rwlock",
-            "F4.mutex",
-            "F4.v8",
-            "F4.v8.rwlock",
-            "F4.v8.mutex",
-            "F4.v32",
-            "F4.v32.rwlock",
-            "F4.v32.mutex",
-        ]
-    }
-
-    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
-        let mut found = Found::default();
-        if let Some(outcomes) = needs_two(self.figures()) {
-            return Ok(Found { outcomes, ..found });
-        }
-        let figures = [
-            ("F4", "the same, both in one range", None),
-            ("F4.rwlock", "the same under rwlock", None),
-            ("F4.mutex", "the same under mutex", None),
-        ];
-        let samples = measure(effort, (Layout::OneRange, Kind::Native), 2, figures, &mut found)?;
-        found.plots.push(("F4: the same, one range", "ns, both together", samples));
-        let figures = [
-            ("F4.v8", "8 vCPU threads, own tables", None),
-            ("F4.v8.rwlock", "the same under rwlock", None),
-            ("F4.v8.mutex", "the same under mutex", None),
-        ];
-        measure(effort, (Layout::OwnTables, Kind::Native), 8, figures, &mut found)?;
-        let figures = [
-            ("F4.v32", "32 vCPU threads, own tables", None),
-            ("F4.v32.rwlock", "the same under rwlock", None),
-            ("F4.v32.mutex", "the same under mutex", None),
-        ];
-        let samples = measure(effort, (Layout::OwnTables, Kind::Native), 32, figures, &mut found)?;
-        found.plots.push(("F4: 32 vCPU threads", "ns, all together", samples));
-        Ok(found)
-    }
-}
-
-/// P1.
-#[derive(Debug)]
-pub struct Emulated;
-
-impl Row for Emulated {
-    fn id(&self) -> &'static str {
-        "P1"
-    }
-
-    fn figures(&self) -> &'static [&'static str] {
-        &[
-            "P1",
-            "P1.rwlock",
-            "P1.mutex",
-            "P1.v8",
-            "P1.v8.rwlock",
-            "P1.v8.mutex",
-            "P1.v32",
-            "P1.v32.rwlock",
-            "P1.v32.mutex",
-        ]
-    }
-
-    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
-        let mut found = Found::default();
-        if let Some(outcomes) = needs_two(self.figures()) {
-            return Ok(Found { outcomes, ..found });
-        }
-        let what = (Layout::OwnTables, Kind::Emulated);
-        let figures = [
-            ("P1", "two vCPUs' emulated table writes, with touches", Some(Goal::AtLeast(0.9))),
-            ("P1.rwlock", "the same under rwlock", None),
-            ("P1.mutex", "the same under mutex", None),
-        ];
-        let samples = measure(effort, what, 2, figures, &mut found)?;
-        found.plots.push(("P1: a page mapped, touched, unmapped", "ns, both together", samples));
-        let figures = [
-            ("P1.v8", "the same, 8 vCPU threads", None),
-            ("P1.v8.rwlock", "the same under rwlock", None),
-            ("P1.v8.mutex", "the same under mutex", None),
-        ];
-        measure(effort, what, 8, figures, &mut found)?;
-        let figures = [
-            ("P1.v32", "the same, 32 vCPU threads", None),
-            ("P1.v32.rwlock", "the same under rwlock", None),
-            ("P1.v32.mutex", "the same under mutex", None),
-        ];
-        measure(effort, what, 32, figures, &mut found)?;
-        Ok(found)
+        let goal = self.goal.map(Goal::AtLeast);
+        measure::<Setup>(effort, (self.layout, self.kind), self.ids, self.what, goal)
     }
 }
 
@@ -485,7 +363,7 @@ mod tests {
         let all = layouts.map(|layout| (layout, Kind::Native));
         for (layout, kind) in all.into_iter().chain([(Layout::OwnTables, Kind::Emulated)]) {
             for regime in Regime::ALL {
-                let setup = Setup::one(layout, kind, regime, 2).unwrap();
+                let setup = Setup::one((layout, kind), regime, 2).unwrap();
                 setup.sample(2).unwrap();
                 setup.verify().unwrap();
                 let stats = setup.vms[0].mmu().stats();
@@ -494,7 +372,7 @@ mod tests {
                 let expected = if kind == Kind::Native { native } else { emulated };
                 assert!(expected, "{layout:?} {regime:?} {stats:?}");
             }
-            let setup = Setup::private(layout, kind, 2).unwrap();
+            let setup = Setup::private((layout, kind), 2).unwrap();
             setup.sample(1).unwrap();
             setup.verify().unwrap();
         }

@@ -2,6 +2,7 @@
 //! The rows of the table, one module for each kind of workload.
 
 mod age;
+mod anew;
 mod change;
 mod crowd;
 mod cycle;
@@ -10,6 +11,7 @@ mod edit;
 mod fault;
 mod garbage;
 mod kvm;
+mod lanes;
 mod memory;
 mod precopy;
 mod publish;
@@ -36,19 +38,20 @@ pub fn all() -> Vec<Box<dyn Row>> {
         Box::new(slots::ManySlots),
         Box::new(crowd::Crowded),
         Box::new(fault::Single),
-        Box::new(cycle::Private),
-        Box::new(cycle::Shared),
-        Box::new(cycle::Contended),
+        Box::new(cycle::Cycles::own_tables()),
+        Box::new(cycle::Cycles::own_ranges()),
+        Box::new(cycle::Cycles::one_range()),
         Box::new(trap::OwnFault),
         Box::new(trap::RoundTrip),
         Box::new(trap::MapAround),
-        Box::new(cycle::Emulated),
+        Box::new(cycle::Cycles::emulated()),
         Box::new(edit::Edits),
         Box::new(soft::TlbHit),
         Box::new(change::Slots),
         Box::new(dirty::Harvest),
         Box::new(precopy::BesideHarvest),
         Box::new(zap::ZapAll),
+        Box::new(anew::Anew),
         Box::new(age::Ageing),
         Box::new(memory::Metadata),
         Box::new(garbage::Garbage),

@@ -34,8 +34,10 @@ pub(crate) const UNPROTECTED: Generation = Generation(u64::MAX);
 /// No processor can write the page's guest table. The flush generations count from 1.
 pub(crate) const PROTECTED: Generation = Generation(0);
 
-/// Descriptor of a frame.
+/// Descriptor of a frame; in cache lines of its own, since emulated writes to one vCPU's table count in
+/// it, and its neighbour may be another's root.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct ShadowPage {
     /// (gfn, role) of the page; stable while it is not free.
     key: AtomicU64,

@@ -130,8 +130,9 @@ impl VcpuHandle {
     }
 }
 
-/// A virtual processor.
+/// A virtual processor; in cache lines of its own, as it changes with each fault.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Vcpu {
     engine: Arc<Engine>,
     state: Arc<VcpuState>,
