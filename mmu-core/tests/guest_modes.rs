@@ -7,7 +7,10 @@
 //! the same registers: raise the same fault, see and leave the same bytes, set the same accessed and
 //! dirty bits and no others. The audit follows each sequence.
 //!
-//! `MODES_SEQUENCES` (sequences for each shape of the shadow) and `MODES_SEED` make it longer and
+//! In a storm both vCPUs and the VMM do all that at once, on a thread each, and nothing is compared; when
+//! it is over, and each vCPU has flushed, everything must agree again.
+//!
+//! `MODES_SEQUENCES` (sequences for each shape of the shadow), `MODES_STORMS` and `MODES_SEED` make it longer and
 //! other; a failure names the seed of its sequence, which `MODES_ONLY` runs alone, with `MODES_AUDIT`
 //! auditing after each step.
 
@@ -661,6 +664,74 @@ impl World {
         }
     }
 
+    /// Everything at once.
+    fn storm(&mut self, steps: u64) {
+        let lane = |cpu: Option<SoftVcpu>, salt: u64| World {
+            mmu: self.mmu.clone(),
+            levels: self.levels,
+            random: Random::new(salt),
+            fresh: vec![false; cpu.iter().len()],
+            cpus: cpu.into_iter().collect(),
+            host_read_only: self.host_read_only.clone(),
+            written: BTreeSet::new(),
+            recent: self.recent.clone(),
+            counts: [0; 3],
+        };
+        let cpus = core::mem::take(&mut self.cpus);
+        let mut lanes: Vec<_> =
+            cpus.into_iter().map(|cpu| lane(Some(cpu), self.random.next())).collect();
+        let mut vmm = lane(None, self.random.next());
+        std::thread::scope(|s| {
+            for lane in &mut lanes {
+                s.spawn(move || (0..steps).for_each(|_| lane.gust()));
+            }
+            s.spawn(|| (0..steps / 8).for_each(|_| vmm.manage()));
+        });
+        self.cpus = lanes.into_iter().flat_map(|lane| lane.cpus).collect();
+        self.host_read_only = vmm.host_read_only;
+        self.written.clear();
+        self.cpus.iter_mut().for_each(|cpu| cpu.session().flush());
+        self.fresh.fill(true);
+    }
+
+    /// Something that the only vCPU, or a device, does in a storm.
+    fn gust(&mut self) {
+        let (gva, user) = (self.gva(0), self.random.one_in(2));
+        let value = match self.random.one_in(3) {
+            true => self.wide_entry(WIDE[0]),
+            false => self.random.next(),
+        };
+        let bytes = value.to_le_bytes();
+        let mut seen = [0; 8];
+        let which = self.random.below(40);
+        let mut session = self.cpus[0].session();
+        // Whatever it meets: the tables change under it.
+        match which {
+            0..8 => drop(session.load(gva, &mut seen, user)),
+            8..10 => drop(session.fetch(gva, &mut seen, user)),
+            10..18 => drop(session.store(gva, &bytes, user)),
+            18..20 => drop(session.cmpxchg(Gva(gva.0 & !7), 8, 0, value.into(), user)),
+            20..26 => session.invlpg(gva),
+            26 => session.flush(),
+            27..29 => {
+                drop(session);
+                let _ = self.cpus[0].vcpu().write(gva, &bytes, Access { user, ..Access::write() });
+            }
+            29..34 => {
+                drop(session);
+                self.edit();
+            }
+            34..38 => {
+                drop(session);
+                self.write_register(0);
+            }
+            _ => {
+                drop(session);
+                self.set_regs(0);
+            }
+        }
+    }
+
     fn audit(&self) {
         self.mmu.audit().unwrap_or_else(|error| panic!("audit: {error}"));
     }
@@ -755,15 +826,17 @@ fn path(regs: &Regs, map: &MemoryMap, gva: Gva, access: Access) -> Vec<Step> {
     steps
 }
 
-fn sequence(levels: u8, largest: u64, seed: u64) -> [u64; 3] {
-    struct Named(u64);
-    impl Drop for Named {
-        fn drop(&mut self) {
-            if std::thread::panicking() {
-                eprintln!("failed with MODES_ONLY={}", self.0);
-            }
+struct Named(u64);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("failed with MODES_ONLY={}", self.0);
         }
     }
+}
+
+fn sequence(levels: u8, largest: u64, seed: u64) -> [u64; 3] {
     let _named = Named(seed);
     let mut world = World::new(levels, largest, seed);
     for _ in 0..setting("MODES_STEPS", 600) {
@@ -791,6 +864,30 @@ fn sequences(levels: u8, largest: u64) {
     }
     eprintln!("{levels} levels, pages of {largest:#x}: {counts:?} accesses, devices, faults");
     assert!(only != 0 || counts.iter().all(|count| *count > 100), "{counts:?}");
+}
+
+/// After everything at once, everything agrees.
+#[test]
+fn storms_end_in_agreement() {
+    let (first, only) = (setting("MODES_SEED", 1) << 32, setting("MODES_ONLY", 0));
+    let shapes = [(4, PAGE), (4, 2 * MIB), (4, GIB), (5, GIB)];
+    let mut counts = [0; 3];
+    for (n, shape) in (0..setting("MODES_STORMS", 24)).zip(shapes.into_iter().cycle()) {
+        let seed = if only == 0 { first + n } else { only };
+        let _named = Named(seed);
+        let mut world = World::new(shape.0, shape.1, seed);
+        for _ in 0..4 {
+            world.storm(400);
+            world.audit();
+            for _ in 0..150 {
+                let cpu = world.random.below(2) as usize;
+                world.access(cpu);
+            }
+            world.audit();
+        }
+        counts.iter_mut().zip(world.counts).for_each(|(count, n)| *count += n);
+    }
+    assert!(counts.iter().all(|count| *count > 100), "{counts:?}");
 }
 
 #[test]
