@@ -4,6 +4,7 @@
 //! The bytes are read one field after the other; where they end, fields are 0. Entries are
 //! written so that one changed byte is one changed idea: which frame, which flags, which single
 //! bit is wrong.
+#![allow(dead_code, reason = "each target uses a part")]
 
 use mmu_core::paging::bits::*;
 use mmu_core::paging::{Access, Regs};
@@ -59,6 +60,23 @@ impl Bytes<'_> {
 
     pub fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.take())
+    }
+
+    /// The next byte, until there is none.
+    pub fn next(&mut self) -> Option<u8> {
+        let (first, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(*first)
+    }
+
+    /// One of a few.
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[usize::from(self.u8()) % from.len()]
+    }
+
+    /// Once in `n` times; not where the bytes have ended.
+    pub fn one_in(&mut self, n: u8) -> bool {
+        self.u8() % n == n - 1
     }
 
     /// A table entry: a frame with flags, or eight bytes as they are.

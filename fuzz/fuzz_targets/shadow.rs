@@ -11,6 +11,9 @@
 //! * at the end, and whenever a sequence asks for it, the audit is clean.
 #![no_main]
 
+mod input;
+
+use input::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{Alias, AllocatedMemory, Backing, DirtyMode, SlotConfig, SlotFlags, SlotId};
@@ -26,27 +29,19 @@ const FRAMES: u64 = 24;
 /// Where the second slot may be, and the alias.
 const ELSEWHERE: [u64; 3] = [64, 66, 1 << 20];
 
-struct Bytes<'a>(&'a [u8]);
-
 impl Bytes<'_> {
-    fn next(&mut self) -> Option<u64> {
-        let (first, rest) = self.0.split_first()?;
-        self.0 = rest;
-        Some(u64::from(*first))
-    }
-
     fn byte(&mut self) -> u64 {
-        self.next().unwrap_or(0)
+        self.u8().into()
     }
 
     /// An entry: any frame, few ways to be wrong.
-    fn entry(&mut self) -> u64 {
+    fn guest_entry(&mut self) -> u64 {
         let (frame, flags) = (self.byte(), self.byte());
         let wrong = [0, 0, 0, 0, 0, 1 << 51, bits::G, bits::P];
         let set = |bit: u64, flag| if flags >> bit & 1 != 0 { flag } else { 0 };
         let rights = set(0, bits::US) | set(1, bits::RW) | set(2, bits::NX) | set(3, bits::PS);
         let used = set(4, bits::A | bits::D);
-        (self.frame(frame) * PAGE | bits::P | rights | used) ^ wrong[(flags >> 5) as usize]
+        ((self.frame(frame) * PAGE) | bits::P | rights | used) ^ wrong[(flags >> 5) as usize]
     }
 
     fn frame(&self, n: u64) -> u64 {
@@ -146,7 +141,7 @@ impl World {
             0..8 => self.access(bytes),
             8..14 => {
                 let at = Gpa(bytes.byte() % 12 * PAGE + bytes.byte() % 2 * 8);
-                let entry = bytes.entry();
+                let entry = bytes.guest_entry();
                 mmu.write_phys(at, &entry.to_le_bytes());
             }
             14 => {

@@ -7,7 +7,7 @@ mod common;
 use common::{Guest, MIB, PAGE, RWU, load, reason, store};
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig, SlotId};
-use mmu_core::paging::{Reason, Regs, bits};
+use mmu_core::paging::{Access, Reason, Regs, bits};
 use mmu_core::shadow::PageRange;
 use mmu_core::vcpu::{SoftExit, SoftVcpu, VcpuError};
 use std::sync::Arc;
@@ -583,5 +583,25 @@ fn a_new_root_protects_its_table_when_it_is_filled() {
     store(&mut cpu, 0x1000, 0);
     other.session().invlpg(Gva(0x1000));
     assert_eq!(reason(other.session().load(Gva(0x1000), &mut [0], true)), Reason::NotPresent);
+    guest.audit();
+}
+
+/// A read that the processor makes itself goes through the guest's tables: what refuses it names the
+/// address of the access, not of its word.
+#[test]
+fn an_implicit_read_is_refused_at_its_own_address() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    let device = Gpa(64 * MIB);
+    guest.map(Gva(0x1000), device, RWU);
+    let mut cpu = guest.vcpu();
+    let mut session = cpu.session();
+    let mut read = |gva, len| session.read(Gva(gva), &mut [0; 8][..len], Access::read().implicit());
+    for (offset, len) in [(5, 1), (6, 2), (4, 4), (0, 8), (5, 8)] {
+        assert_eq!(read(0x1000 + offset, len), Err(SoftExit::Mmio(Gpa(device.0 + offset))));
+        let Err(SoftExit::Fault(fault)) = read(0x2000 + offset, len) else {
+            panic!("nothing is there");
+        };
+        assert_eq!((fault.gva, fault.reason), (Gva(0x2000 + offset), Reason::NotPresent));
+    }
     guest.audit();
 }

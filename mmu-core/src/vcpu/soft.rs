@@ -187,7 +187,15 @@ impl Session<'_> {
     /// [`SoftExit`].
     #[inline]
     pub fn load_u64(&mut self, gva: Gva, user: bool) -> Result<u64, SoftExit> {
-        self.word(gva, Access { user, ..Access::read() })
+        let access = Access { user, ..Access::read() };
+        match self.translate(gva, access)? {
+            Found::Page(page) => Ok(self.load_word(page, gva)),
+            Found::Emulate => {
+                let mut bytes = [0; 8];
+                self.emulate(|vcpu| vcpu.read(Gva(gva.0 & !7), &mut bytes, access))?;
+                Ok(u64::from_le_bytes(bytes))
+            }
+        }
     }
 
     /// Writes guest-virtual memory; a write to a guest page table is emulated. Each part of an
@@ -280,10 +288,16 @@ impl Session<'_> {
     /// [`SoftExit`]; nothing has been read then.
     pub fn read(&mut self, gva: Gva, buf: &mut [u8], access: Access) -> Result<(), SoftExit> {
         if gva.0 % 8 + buf.len() as u64 <= 8 && !buf.is_empty() {
-            let skip = (gva.0 % 8) as usize;
-            let word = self.word(gva, access)?.to_le_bytes();
-            buf.copy_from_slice(&word[skip..skip + buf.len()]);
-            return Ok(());
+            return match self.translate(gva, access)? {
+                Found::Page(page) => {
+                    let skip = (gva.0 % 8) as usize;
+                    let word = self.load_word(page, gva).to_le_bytes();
+                    buf.copy_from_slice(&word[skip..skip + buf.len()]);
+                    Ok(())
+                }
+                // These bytes, not their word: what is refused names the address of the access.
+                Found::Emulate => self.emulate(|vcpu| vcpu.read(gva, buf, access)),
+            };
         }
         // R38: all in one stay inside, so that a patch of code comes before all of it or after it.
         let Some(parts) = self.parts(gva, buf.len(), access)? else {
@@ -315,16 +329,9 @@ impl Session<'_> {
 
     /// The aligned word around `gva`, read or fetched.
     #[inline]
-    fn word(&mut self, gva: Gva, access: Access) -> Result<u64, SoftExit> {
-        match self.translate(gva, access)? {
-            // Acquire, as x86 loads are.
-            Found::Page(page) => Ok(self.word_of(page, gva).load(Ordering::Acquire)),
-            Found::Emulate => {
-                let mut bytes = [0; 8];
-                self.emulate(|vcpu| vcpu.read(Gva(gva.0 & !7), &mut bytes, access))?;
-                Ok(u64::from_le_bytes(bytes))
-            }
-        }
+    fn load_word(&self, page: *const AtomicU64, gva: Gva) -> u64 {
+        // Acquire, as x86 loads are.
+        self.word_of(page, gva).load(Ordering::Acquire)
     }
 
     /// The host pages of an access, all found in the present stay inside; `None` if not all of it can
