@@ -273,11 +273,11 @@ impl World {
     fn set_regs(&mut self, cpu: usize) {
         let regs = self.regs();
         match self.cpus[cpu].vcpu_mut().set_regs(regs) {
+            Ok(()) => self.fresh[cpu] = true,
             // An alias to nowhere may lie over the tables.
-            Ok(()) | Err(VcpuError::RootOutside { .. }) => {}
+            Err(VcpuError::RootOutside { .. }) => {}
             Err(error) => panic!("{error}"),
         }
-        self.fresh[cpu] = true;
     }
 
     /// One register as the guest writes it; it may be refused.
@@ -300,7 +300,7 @@ impl World {
             bits::CR4_PAE,
             bits::CR4_LA57,
         ];
-        let _ = match which {
+        let written = match which {
             0 => vcpu.set_cr0(regs.cr0 ^ bits::CR0_WP),
             1 => vcpu.set_cr0(regs.cr0 ^ bits::CR0_PG),
             2 => vcpu.set_cr3(cr3 | lam),
@@ -308,7 +308,7 @@ impl World {
             4 => vcpu.set_efer(regs.efer ^ bits::EFER_NXE),
             _ => vcpu.set_regs(Regs { rflags: regs.rflags ^ bits::RFLAGS_AC, ..regs }),
         };
-        self.fresh[cpu] = true;
+        self.fresh[cpu] |= written.is_ok();
     }
 
     /// An address whose walk passes entries that are there.
@@ -405,14 +405,16 @@ impl World {
             let _ = self.cpus[cpu].session().load(warm, &mut [0], user);
         }
         if exact && !self.fresh[cpu] {
+            let regs = *self.cpus[cpu].vcpu().regs();
             let mut session = self.cpus[cpu].session();
             if how == 1 {
                 session.flush();
                 drop(session);
                 self.fresh[cpu] = true;
             } else {
-                session.invlpg(gva);
-                session.invlpg(last);
+                // A tag makes an address not canonical, and INVLPG does nothing.
+                session.invlpg(Gva(linear(&regs, gva, access)));
+                session.invlpg(Gva(linear(&regs, last, access)));
             }
         }
         let exact = exact || self.fresh[cpu];
