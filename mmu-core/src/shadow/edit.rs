@@ -136,12 +136,13 @@ impl Engine {
                 continue;
             }
             // R18: a root in use stays.
-            if page.count_write() > FLOOD && page.roots.load(Ordering::Relaxed) == 0 {
-                if self.zap(guard, frame) {
-                    stats.mmu_flooded.bump();
-                }
+            let flooded = page.count_write() > FLOOD && page.roots.load(Ordering::Relaxed) == 0;
+            if flooded && self.zap(guard, frame) {
+                stats.mmu_flooded.bump();
                 continue;
             }
+            // Where somebody else tears it down he need not have come to the entry yet, and processors
+            // still get there.
             for index in role.derived_from(bytes.clone()) {
                 let entry = Location::new(frame, index);
                 let spte = self.entry(entry);

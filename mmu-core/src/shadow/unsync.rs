@@ -468,7 +468,8 @@ mod tests {
 
         fn fault(&self, gva: Gva, access: Access) {
             let (mode, regime, root) = (&self.mode, self.regime, self.root);
-            let info = FaultInfo { mode, regime, root, gva, access, emulate: false };
+            let (emulate, apic) = (false, None);
+            let info = FaultInfo { mode, regime, root, gva, access, emulate, apic };
             let outcome = self.engine.fault(&self.context, &Stats::default(), &info);
             assert_eq!(outcome, Ok(Outcome::Fixed));
         }
@@ -574,6 +575,27 @@ mod tests {
             }
             assert_ne!(setup.reached(), Some(setup.page(0x5000)), "all: {all}");
         }
+    }
+
+    /// A thread that tears a table down, for the many writes to it, is stopped after its mark: processors
+    /// still get there, so that the next write still drops what was derived from the entry.
+    #[test]
+    fn a_write_goes_through_dying_tables() {
+        let setup = Setup::new();
+        let (engine, context) = (&setup.engine, &setup.context);
+        setup.fault(DATA, Access::read().user());
+        assert_eq!(setup.reached(), Some(setup.page(0x5000)));
+        let page = engine.frames.page(setup.leaf().frame());
+        page.unsync.store(SYNC, Ordering::SeqCst);
+        while page.count_write() < 64 {}
+        page.state.store(state::ZAPPING, Ordering::SeqCst);
+        setup.edit(0x6067);
+        let guard = context.handle.pin();
+        let map = engine.memory.load(&guard);
+        engine.guest_wrote(&Stats::default(), &guard, map, Gpa(0x4008), 8);
+        drop(guard);
+        engine.sync_address(context, &Stats::default(), setup.root, DATA);
+        assert_eq!(setup.reached(), None);
     }
 
     /// A marker that finds too many tables above gives a state back in which the table settles.
