@@ -100,6 +100,47 @@ model!(
     a_write_fault_meets_a_read_only_page
 );
 
+/// The host makes a page read-only while the emulator writes to it: when the host hears that it is, that
+/// write is over.
+fn an_emulated_write_meets_a_read_only_page() {
+    let guest = guest();
+    let vcpu = guest.vcpu();
+    let emulator = spawn(move || {
+        let _ = vcpu.write(lo(0), &2u64.to_le_bytes(), Access::write());
+        vcpu
+    });
+    guest.mmu.set_host_writable(RANGE, false).unwrap();
+    guest.swap(Gpa(DATA * PAGE), 7);
+    let now = guest.swap(Gpa(DATA * PAGE), 7);
+    assert_eq!(now, 7, "R07: a write to a page that the host has made read-only");
+    drop(emulator.join().unwrap());
+    guest.audit_clean();
+}
+
+model!(
+    r07_emulated_write_meets_a_read_only_page,
+    r07_emulated_write_meets_a_read_only_page_mutant,
+    "R07:",
+    an_emulated_write_meets_a_read_only_page
+);
+
+/// A vCPU's local APIC moves to a page while another vCPU's fault maps it.
+fn a_fault_meets_an_apic() {
+    let guest = guest();
+    let (mut owner, mut vcpu) = (guest.vcpu(), guest.vcpu());
+    // Everything but the entry is there.
+    fault(&mut vcpu, lo(1), Access::read());
+    let walker = spawn(move || {
+        let _ = vcpu.fault(lo(0), Access::read());
+        vcpu
+    });
+    owner.set_apic_page(Some(Gpa(DATA * PAGE))).unwrap();
+    drop(walker.join().unwrap());
+    guest.audit("R08", entry("local APIC"));
+}
+
+model!(r08_fault_meets_an_apic, r08_fault_meets_an_apic_mutant, "R08:", a_fault_meets_an_apic);
+
 /// A thread that resolves page faults of the host asks for everything that waits, while a reader
 /// waits for it in the middle of a read section.
 fn a_resolver_asks_for_what_waits() {

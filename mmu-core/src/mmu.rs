@@ -15,6 +15,7 @@ use crate::shadow::{
 use crate::sync::epoch::Collector;
 use crate::sync::{Mark, Ordering, WouldDeadlock, fence, rule};
 use crate::vcpu::{GuestView, PatchError, SoftProcessor, SoftVcpu, Vcpu, VcpuError};
+use core::fmt;
 use std::sync::Arc;
 
 /// Fewest table frames an engine works with; more are needed for more than eight vCPUs.
@@ -118,7 +119,8 @@ pub enum ConfigError {
 /// | [`Mmu::create_slot`] | other changes of the map, active invalidations; readers, once [`MAX_OLD_MAPS`](crate::memory::MAX_OLD_MAPS) old maps wait for them |
 /// | [`Mmu::delete_slot`], [`Mmu::move_slot`], [`Mmu::set_slot_flags`], [`Mmu::set_alias`], [`Mmu::remove_alias`] | other changes of the map, active invalidations, readers, vCPUs inside the guest |
 /// | [`Mmu::invalidate`], [`Mmu::patch_code`], [`Vcpu::patch_code`] | changes of the map under way, vCPUs inside the guest |
-/// | [`Mmu::set_host_writable`] | vCPUs inside the guest |
+/// | [`Mmu::set_host_writable`] | readers, vCPUs inside the guest |
+/// | [`Vcpu::set_apic_page`] | other changes of the map, active invalidations; readers and vCPUs inside the guest, where a memslot has the page |
 /// | [`Mmu::synchronize`] | readers, vCPUs inside the guest |
 /// | [`Initiator`](crate::mmio::Initiator)s of [`Mmu::bus`] and [`Mmu::ports`] | nobody, apart from the device itself |
 /// | [`Bus::register`], [`Bus::remove`] and the like | other changes of that bus, look-ups on it; never a device |
@@ -129,11 +131,18 @@ pub enum ConfigError {
 /// says so ([`Mmu::resolver`]) and is then refused by every call that waits. A thread that has begun an
 /// [`Invalidation`] is refused by the calls that wait for invalidations, and by another one. Threads of
 /// either kind, and those inside a device, are refused by [`Removal::wait`](crate::mmio::Removal::wait).
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Mmu {
     engine: Arc<Engine>,
     bus: Bus,
     ports: Bus,
+}
+
+impl fmt::Debug for Mmu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slots = self.memory().slots().len();
+        f.debug_struct("Mmu").field("slots", &slots).finish_non_exhaustive()
+    }
 }
 
 impl Mmu {
@@ -254,7 +263,8 @@ impl Mmu {
         self.engine.memory.snapshot()
     }
 
-    /// Pins a page of guest memory, for as long as the result lives, whatever becomes of its slot.
+    /// Pins a page of guest memory, for as long as the result lives, whatever becomes of its slot
+    /// (`gfn_to_page` in KVM). Waits for nobody.
     ///
     /// # Errors
     ///
@@ -356,8 +366,9 @@ impl Mmu {
         Ok(body(slot))
     }
 
-    /// Writes guest-physical memory for a device: tells the shadow and the dirty log. Returns how
-    /// many bytes could be written before the first one without memory.
+    /// Writes guest-physical memory for a device (`kvm_write_guest`): tells the shadow and the dirty log.
+    /// Returns how many bytes could be written before the first one without memory. Each part of an
+    /// aligned 8-byte word is written as one. Waits for nobody.
     pub fn write_phys(&self, gpa: Gpa, bytes: &[u8]) -> usize {
         let handle = self.engine.handles.get();
         let guard = handle.pin();
@@ -367,7 +378,7 @@ impl Mmu {
 
     /// Tells the shadow of a write past the engine to `len` bytes at `gpa`, through a pinned page or
     /// the VMM's own mapping: what was derived from guest page tables there is dropped. Until then it
-    /// is stale, as a processor's translations are.
+    /// is stale, as a processor's translations are. Waits for nobody.
     pub fn note_write(&self, gpa: Gpa, len: u64) {
         let handle = self.engine.handles.get();
         let guard = handle.pin();
@@ -391,7 +402,9 @@ impl Mmu {
 
     /// The memory of an address space as somebody in it sees it, with these registers. `who` has the
     /// privilege, and says by its kind what a read through the view is: a read, a fetch, or the first
-    /// half of a read-modify-write. EFLAGS.AC is in the registers, and lifts SMAP.
+    /// half of a read-modify-write. EFLAGS.AC is in the registers, and lifts SMAP. So are the PDPTE
+    /// registers of PAE paging: [`load_pdptrs`](crate::paging::load_pdptrs) reads them from memory.
+    /// Waits for nobody.
     ///
     /// # Errors
     ///
@@ -438,7 +451,9 @@ impl Mmu {
     }
 
     /// Takes a range of guest memory away from every processor until the result is dropped: when this
-    /// returns no vCPU uses it, and faults on it stall. For a host that is about to discard, swap, copy
+    /// returns no vCPU uses it, and faults on it stall. The engine's own accesses, those of the emulator
+    /// included, go on: they go through this process's mapping, and meet what the host makes of it. For a
+    /// host that is about to discard, swap, copy
     /// or replace what is behind it. A thread begins one at a time; two threads must not each wait,
     /// within an invalidation, for the other to begin one.
     ///
@@ -451,7 +466,10 @@ impl Mmu {
 
     /// Makes a range of guest memory read-only for every processor, or writable again: the host has
     /// merged or shares the pages, or wants to copy them before they change. A guest's write is an
-    /// [`Outcome::HostReadOnly`](crate::shadow::Outcome::HostReadOnly) then.
+    /// [`Outcome::HostReadOnly`](crate::shadow::Outcome::HostReadOnly) then, its emulator's an
+    /// [`AccessError::HostReadOnly`](crate::vcpu::AccessError::HostReadOnly). When this returns no such
+    /// write is under way any more. Pages that are pinned for writing, slices that vm-memory lends, and
+    /// the VMM's own stores are its own to stop.
     ///
     /// # Errors
     ///
@@ -507,7 +525,9 @@ impl Mmu {
         Resolver { _mark: Mark::new(self.engine.id(), WouldDeadlock::Resolver) }
     }
 
-    /// Adds a vCPU with these registers.
+    /// Adds a vCPU with these registers, while others run (KVM_CREATE_VCPU); dropping it takes it away
+    /// again. The quota of shadow pages follows the number of vCPUs. Both wait for others that come or go,
+    /// for some stores, and for nobody else.
     ///
     /// # Errors
     ///

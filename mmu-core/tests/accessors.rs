@@ -341,7 +341,7 @@ fn the_apic_page_comes_before_memory() {
     let tpr = Gva(HERE + 0x80);
     let written = cpu.vcpu().write_emulated(tpr, &[7; 4], USER);
     assert_eq!(written, Ok(vec![]), "no page was named");
-    cpu.vcpu_mut().set_apic_page(Some(Gpa(APIC)));
+    cpu.vcpu_mut().set_apic_page(Some(Gpa(APIC))).unwrap();
     let fragment = |gpa, bytes, apic| Fragment { gpa: Gpa(gpa), bytes, apic };
     let mut buf = [1; 4];
     let vcpu = cpu.vcpu();
@@ -359,7 +359,7 @@ fn the_apic_page_comes_before_memory() {
     let mut there = [0; 4];
     vcpu.read(tpr, &mut there, USER).unwrap();
     assert_eq!(there, [7; 4]);
-    cpu.vcpu_mut().set_apic_page(None);
+    cpu.vcpu_mut().set_apic_page(None).unwrap();
     assert_eq!(cpu.vcpu().cmpxchg(tpr, 4, 0x0707_0707, 1, USER), Ok(Ok(())));
 }
 

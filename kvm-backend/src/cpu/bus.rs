@@ -4,7 +4,7 @@
 use super::Crash;
 use crate::emu::{Bus, Exception, MAX_INSN, Stop};
 use mmu_core::addr::{Gpa, Gva, PAGE_SIZE};
-use mmu_core::mmio::Initiator;
+use mmu_core::mmio::{Answer, Initiator};
 use mmu_core::paging::{Access, Invpcid, Regs as ControlRegs, bits};
 use mmu_core::vcpu::{AccessError, Fragment, Session, SoftExit, Vcpu};
 
@@ -201,19 +201,25 @@ impl<M: Memory> GuestBus<'_, M> {
     fn read_for(&mut self, gva: u64, buf: &mut [u8], access: Access) -> Result<(), Halted> {
         let left = self.memory.read(Gva(gva), buf, access.user()).map_err(Miss::without_device)?;
         self.for_devices(left, |devices, Fragment { gpa, bytes, .. }| {
-            devices.read(gpa.0, &mut buf[bytes])
+            match devices.read(gpa.0, &mut buf[bytes]) {
+                true => Answer::Device,
+                false => Answer::Unhandled,
+            }
         })
     }
 
     fn for_devices(
         &mut self,
         left: Vec<Fragment>,
-        mut access: impl FnMut(&mut Initiator, Fragment) -> bool,
+        mut access: impl FnMut(&mut Initiator, Fragment) -> Answer,
     ) -> Result<(), Halted> {
         left.into_iter().try_for_each(|fragment| {
             let gpa = fragment.gpa;
-            let done = access(self.devices, fragment);
-            done.then_some(()).ok_or(Halted::Crash(Crash::NoDevice(gpa)))
+            Err(Halted::Crash(match access(self.devices, fragment) {
+                Answer::Device | Answer::Doorbell | Answer::Coalesced => return Ok(()),
+                Answer::RingFull => Crash::CoalescedFull(gpa),
+                Answer::Unhandled => Crash::NoDevice(gpa),
+            }))
         })
     }
 }
@@ -238,7 +244,7 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
     fn write(&mut self, gva: u64, bytes: &[u8]) -> Result<(), Halted> {
         let left = self.memory.write(Gva(gva), bytes).map_err(Miss::without_device)?;
         self.for_devices(left, |devices, Fragment { gpa, bytes: part, .. }| {
-            devices.write(gpa.0, &bytes[part]).is_done()
+            devices.write(gpa.0, &bytes[part])
         })
     }
 
@@ -291,7 +297,7 @@ impl<M: Memory> Bus for GuestBus<'_, M> {
 mod tests {
     use super::*;
     use mmu_core::memory::{AllocatedMemory, SlotConfig};
-    use mmu_core::mmio::Device;
+    use mmu_core::mmio::{CoalescedRing, Device};
     use mmu_core::{Config, Mmu};
     use std::sync::{Arc, Mutex};
 
@@ -357,6 +363,25 @@ mod tests {
         let stop = bus.cmpxchg(0x183e, 0, 1, 4).unwrap_err();
         let split = Crash::Locked { gva: Gva(0x183e), size: 4 };
         assert!(matches!(stop, Halted::Crash(crash) if crash == split));
+    }
+
+    #[test]
+    fn a_full_ring_is_not_taken_for_a_device_that_is_not_there() {
+        let (mmu, device) = machine();
+        mmu.bus().register_coalesced(0xd000_0000, 8).unwrap();
+        let mut cpu = mmu.create_soft_vcpu(ControlRegs::long_mode(0x1000)).unwrap();
+        let memory = cpu.vcpu_mut();
+        let mut bus = GuestBus { devices: &mut mmu.bus().initiator(), memory };
+        for _ in 0..CoalescedRing::CAPACITY {
+            bus.write(0x2000, &[1]).unwrap();
+        }
+        let stop = bus.write(0x2000, &[1]).unwrap_err();
+        let full = Crash::CoalescedFull(Gpa(0xd000_0000));
+        assert!(matches!(stop, Halted::Crash(crash) if crash == full));
+        bus.write(0x2010, &[2]).unwrap();
+        assert_eq!(device.0.lock().unwrap().len(), 1);
+        assert_eq!(mmu.bus().coalesced().drain().len(), CoalescedRing::CAPACITY);
+        bus.write(0x2000, &[1]).unwrap();
     }
 
     #[test]

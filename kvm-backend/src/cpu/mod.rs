@@ -40,6 +40,10 @@ pub enum Crash {
     /// An access to guest-physical memory where there is no memory and no device.
     #[error("access to guest-physical {0}, where there is neither memory nor a device")]
     NoDevice(Gpa),
+    /// A write that belongs into the ring of coalesced writes, which is full: whoever has registered
+    /// coalesced ranges on the bus drains it.
+    #[error("coalesced write to guest-physical {0}, and nobody has drained the ring")]
+    CoalescedFull(Gpa),
     /// A write to a page that the host has made read-only: this backend has no use for that yet.
     #[error("write to guest-physical {0}, which the host has made read-only")]
     HostReadOnly(Gpa),

@@ -115,6 +115,8 @@ pub struct MemoryMap {
     by_id: Ranges<Arc<Slot>>,
     /// By number.
     aliases: Arc<[Alias]>,
+    /// Frames at which local APICs answer, in order: no entry maps them, whatever memory is there.
+    apics: Arc<[Gfn]>,
     /// Of all slots.
     pages: u64,
     life: Life,
@@ -149,6 +151,7 @@ impl MemoryMap {
             by_machine: Ranges::default(),
             by_id: Ranges::default(),
             aliases: [].into(),
+            apics: [].into(),
             pages: 0,
             life: Life::default(),
         }
@@ -267,6 +270,16 @@ impl MemoryMap {
         Ok(self.with_aliases(&aliases.into()))
     }
 
+    /// The same, as a map of its own.
+    pub(crate) fn renewed(&self) -> Self {
+        self.with_aliases(&self.aliases)
+    }
+
+    /// Before it is published: where local APICs answer, in order.
+    pub(crate) fn set_apics(&mut self, apics: Arc<[Gfn]>) {
+        self.apics = apics;
+    }
+
     fn with_aliases(&self, aliases: &Arc<[Alias]>) -> Self {
         let (slots, by_machine) = (self.slots.clone(), self.by_machine.clone());
         self.next(slots, by_machine, self.by_id.clone(), aliases, self.pages)
@@ -288,6 +301,7 @@ impl MemoryMap {
             by_machine,
             by_id,
             aliases: Arc::clone(aliases),
+            apics: Arc::clone(&self.apics),
             pages,
             life: Life::default(),
         }
@@ -313,6 +327,17 @@ impl MemoryMap {
     #[must_use]
     pub fn aliases(&self) -> &[Alias] {
         &self.aliases
+    }
+
+    /// The frames at which local APICs answer, in order.
+    pub(crate) fn apics(&self) -> &[Gfn] {
+        &self.apics
+    }
+
+    /// Whether a local APIC answers in these frames.
+    #[inline]
+    pub(crate) fn has_apic(&self, gfns: Range<u64>) -> bool {
+        self.apics.iter().any(|gfn| gfns.contains(&gfn.0))
     }
 
     /// The slot with this number.

@@ -48,7 +48,33 @@ pub trait Device: Send + Sync {
     fn write(&self, base: u64, offset: u64, data: &[u8]);
 }
 
-/// What a write only has to wake (an eventfd for KVM_IOEVENTFD). Closures are doorbells.
+/// What a write only has to wake (an eventfd for KVM_IOEVENTFD).
+///
+/// Closures are doorbells. So whatever has a way to be woken rings by one line: with the `vmm-sys-util`
+/// crate's `EventFd`, `Arc::new(move || drop(event.write(1)))`; with a file, as here.
+///
+/// ```
+/// # #[cfg(unix)] {
+/// use mmu_core::mmio::{Answer, Bus, Space, Trigger};
+/// use std::io::{Read, Write};
+/// use std::sync::Arc;
+///
+/// // In the place of an eventfd: one end for the bus, the other for the device's thread.
+/// let (event, mut device) = std::os::unix::net::UnixStream::pair()?;
+/// let bus = Bus::new(Space::Pio, Arc::default());
+/// let ring = move || {
+///     // A doorbell that has been rung too often to take another ring is rung.
+///     let _ = (&event).write(&1u64.to_ne_bytes());
+/// };
+/// bus.register_doorbell(Trigger::valued(0xc050, 2, 3), Arc::new(ring))?;
+///
+/// assert_eq!(bus.initiator().write(0xc050, &[3, 0]), Answer::Doorbell);
+/// let mut count = [0; 8];
+/// device.read_exact(&mut count)?;
+/// assert_eq!(u64::from_ne_bytes(count), 1);
+/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait Doorbell: Send + Sync {
     /// Called on the thread that makes the write, on several at a time, with no lock held.
     fn ring(&self);

@@ -202,7 +202,11 @@ impl Attempt<'_> {
     }
 
     fn map_neighbour(&self, at: Location, walk: &Walk, step: Option<&Step>, aged: bool) -> bool {
-        let Some(page) = self.map.page(walk.gpa.gfn()) else { return false };
+        let gfn = walk.gpa.gfn();
+        let Some(page) = self.map.page(gfn) else { return false };
+        if self.map.has_apic(gfn.0..gfn.0 + 1) {
+            return false;
+        }
         let (region, index) = (page.region(), page.index);
         let log = page.slot.flags().dirty;
         let allowed = self.allowed(walk);

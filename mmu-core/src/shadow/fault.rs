@@ -38,8 +38,8 @@ pub enum Outcome {
     Fixed,
     /// The guest's own tables forbid the access: deliver the fault to the guest.
     Guest(Fault),
-    /// A write to a page that the engine shadows as a guest page table: emulate the instruction
-    /// and write through [`crate::vcpu::Vcpu::write`].
+    /// A write to a page that the engine shadows as a guest page table, or any access to the page of
+    /// another vCPU's local APIC: emulate the instruction by the vCPU's accessors.
     Emulate {
         /// Guest-physical address of the access.
         gpa: Gpa,
@@ -47,7 +47,8 @@ pub enum Outcome {
     /// The address lies in the part of the address space that the consumer has reserved
     /// ([`crate::Config::reserved_root_entry`]): the guest cannot use it.
     Reserved,
-    /// No memslot there, or a write to a read-only one: the VMM's to emulate.
+    /// No memslot there, or a write to a read-only one, or the page of the vCPU's own local APIC
+    /// ([`crate::vcpu::Vcpu::set_apic_page`]): the VMM's to emulate.
     Mmio {
         /// Guest-physical address of the access.
         gpa: Gpa,
@@ -90,6 +91,8 @@ pub(crate) struct FaultInfo<'v> {
     pub(crate) access: Access,
     /// The same fault came again and again (R25): a write is to be emulated.
     pub(crate) emulate: bool,
+    /// Where the vCPU's local APIC answers.
+    pub(crate) apic: Option<Gfn>,
 }
 
 /// One attempt at one fault.
@@ -220,7 +223,8 @@ impl Attempt<'_> {
         let top = index(gva, self.engine.levels());
         let reserved = self.engine.reserved_at(self.engine.levels());
         let reserved = reserved.is_some_and(|(reserved, _)| reserved == top);
-        if page.is_none_or(|page| write && page.slot.is_read_only()) {
+        let apic = self.info.apic == Some(gfn);
+        if apic || page.is_none_or(|page| write && page.slot.is_read_only()) {
             self.stats.pf_mmio.bump();
             if page.is_none() && !reserved {
                 // For the next time. What hinders it hinders nothing else.
@@ -231,6 +235,11 @@ impl Attempt<'_> {
         }
         if reserved {
             return Ok(Outcome::Reserved);
+        }
+        // Another vCPU's: memory for this one, which they must not both have mapped.
+        if map.has_apic(gfn.0..gfn.0 + 1) {
+            self.stats.pf_emulate.bump();
+            return Ok(Outcome::Emulate { gpa: walk.gpa });
         }
         // A root that became obsolete is not built on: the vCPU loads another on its way back.
         let (Some(page), true) = (page, self.engine.is_current(root)) else {
@@ -249,7 +258,12 @@ impl Attempt<'_> {
     fn block<'m>(&self, map: &'m MemoryMap, page: Page<'m>, walk: &Walk) -> (u8, Page<'m>) {
         if page.slot.flags().dirty == DirtyMode::Off {
             for level in (2..=walk.level.min(self.engine.shape.largest)).rev() {
-                let first = map.block(walk.gpa.gfn(), pages(level));
+                let gfn = walk.gpa.gfn();
+                let start = gfn.0 & !(pages(level) - 1);
+                if map.has_apic(start..start + pages(level)) {
+                    continue;
+                }
+                let first = map.block(gfn, pages(level));
                 let allowed = |first: &Page<'_>| first.region().allows_block(level, first.index);
                 if let Some(first) = first.filter(allowed) {
                     return (level, first);

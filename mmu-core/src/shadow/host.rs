@@ -148,7 +148,7 @@ impl Engine {
         }
         // R7, as in `invalidate`.
         fence(Ordering::SeqCst);
-        let handle = self.handles.get();
+        let mut handle = self.handles.get();
         if writable {
             // R35: what was derived from guest tables in it need not have A set there.
             for (slot, pages) in &stretches {
@@ -161,6 +161,11 @@ impl Engine {
             settled = self.for_mapped(slot, pages.clone(), &handle, |guard, page, narrowing| {
                 self.protect(guard, page, narrowing, &self.stats);
             });
+        }
+        // R7: nor by the engine itself for a guest: an accessor, or a walk that sets A or D, asks
+        // before it writes, both in one read section.
+        if rule!(R07) {
+            self.wait_for_readers(&mut handle);
         }
         self.wait_acknowledged(settled);
         Ok(())

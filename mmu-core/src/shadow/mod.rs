@@ -15,6 +15,7 @@
 //! The numbered rules are those of `docs/protocols.md`.
 
 mod age;
+mod apic;
 mod around;
 mod audit;
 mod derive;
@@ -53,7 +54,7 @@ pub(crate) use role::{Key, Regime};
 pub(crate) use spte::Spte;
 pub(crate) use stats::Stats;
 
-use crate::addr::{ENTRIES, Gva, INDEX_BITS, Machine, PAGE_SHIFT};
+use crate::addr::{ENTRIES, Gfn, Gva, INDEX_BITS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle, Pool};
 use crate::sync::{
@@ -83,6 +84,9 @@ pub(crate) struct Engine {
     registers: AtomicU64,
     /// Serialises the writers of the memory map.
     writer: Mutex<()>,
+    /// Where the local APICs of vCPUs answer, a frame for each vCPU that has said so. Locked after
+    /// `writer`.
+    apics: Mutex<Vec<Gfn>>,
     /// Where recycling looks next.
     hand: hint::AtomicU32,
     /// Counts the times that everything was zapped: pages made before are obsolete.
@@ -157,6 +161,7 @@ impl Engine {
             shape,
             registers: AtomicU64::new(0),
             writer: Mutex::new(()),
+            apics: Mutex::new(Vec::new()),
             hand: hint::AtomicU32::new(0),
             shadow_generation: AtomicU64::new(0),
             sweep: AtomicU64::new(0),

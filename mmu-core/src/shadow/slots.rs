@@ -40,7 +40,7 @@ impl Release {
 
 impl Engine {
     /// Refuses threads that must not change the map, then runs `change` as the only writer.
-    fn change<R>(
+    pub(super) fn change<R>(
         &self,
         refused: impl FnOnce(WouldDeadlock) -> R,
         change: impl FnOnce(&mut Handle) -> R,
@@ -58,7 +58,11 @@ impl Engine {
 
     /// Publishes a map. When the MMIO entries' generations begin anew, every such entry goes (R9):
     /// after the readers of older maps, which might make more of them.
-    fn publish(&self, map: MemoryMap, handle: &mut Handle) {
+    pub(super) fn publish(&self, mut map: MemoryMap, handle: &mut Handle) {
+        if !map.apics().is_empty() {
+            // Some of their vCPUs may be gone.
+            map.set_apics(self.apic_frames());
+        }
         let wraps = map.generation() % (1 << MMIO_GENERATION_BITS) == 0;
         if wraps {
             // Entries of the last map with the same number mean something again as soon as this one

@@ -5,6 +5,24 @@
 //! A [`Vcpu`] belongs to one thread at a time. It is *outside* the guest except between
 //! [`Vcpu::enter`] and [`Vcpu::leave`]; other threads wait for it to drain only while it is inside.
 //!
+//! # Registers, flushes and entries
+//!
+//! | here | in KVM | waits for |
+//! | --- | --- | --- |
+//! | [`Vcpu::set_cr0`], [`Vcpu::set_cr3`], [`Vcpu::set_cr4`], [`Vcpu::set_efer`], [`Vcpu::set_regs`] | `kvm_set_cr0` and its siblings, `load_pdptrs`, KVM_SET_SREGS | nobody |
+//! | [`Vcpu::invlpg`], [`Vcpu::invpcid`], [`Vcpu::flush`] | `kvm_mmu_invlpg`, `kvm_handle_invpcid`, `kvm_mmu_sync_roots` | nobody |
+//! | [`Vcpu::reset_context`], [`Vcpu::invalidate`] | `kvm_mmu_reset_context`, KVM_REQ_TLB_FLUSH_GUEST | nobody |
+//! | [`Vcpu::translate`], [`Vcpu::walker`] | `kvm_translate_gpa`, KVM_TRANSLATE | nobody |
+//! | [`Vcpu::fault`] | `kvm_mmu_page_fault` | nobody, but for a spin on the list of one guest page or table; else it returns a [`Stall`] |
+//! | [`Vcpu::must_wait`] | | nobody: it is polled |
+//! | [`Vcpu::enter`], [`Vcpu::leave`], [`Vcpu::drain`], [`Vcpu::drained`] | `vcpu_enter_guest`, `kvm_mmu_reload` | nobody; a root that cannot be made yet is a [`Stall`] |
+//! | [`Vcpu::set_dirty_ring`] | KVM_CAP_DIRTY_LOG_RING | nobody |
+//! | [`Vcpu::set_apic_page`] | `vcpu_is_mmio_gpa`, `kvm_faultin_pfn` | changes of the memory map, host invalidations; readers and vCPUs inside the guest, if there is memory |
+//!
+//! All of them belong to the vCPU's thread. Of guest memory they read page-table entries, each as one,
+//! and each of the four PDPTEs. Exceptions are results: a [`Fault`] has the vector, the error code and
+//! what goes into CR2. To deliver it, a fault in the delivery included (#DF, then shutdown), is the VMM's.
+//!
 //! # The emulator's accesses
 //!
 //! | here | in KVM | where part of it is no memory |
@@ -30,7 +48,8 @@
 //! ones included (SDM vol. 3, 9.1.1). The bytes beside a written part keep what others write to them
 //! at the same time. A write is in the dirty log and in the vCPU's dirty ring, and if it hits a guest
 //! page table that has a shadow, what was derived from it is dropped (R2). No access waits: a fetch
-//! that meets a patch under way spins while two words are stored.
+//! that meets a patch under way spins while two words are stored. [`Vcpu::patch_code`] itself waits for
+//! changes of the memory map and for vCPUs inside the guest.
 
 mod access;
 mod roots;
@@ -53,6 +72,7 @@ use crate::shadow::{
     Stall, VcpuState, request,
 };
 use crate::sync::{Backoff, lock, rule};
+use core::fmt;
 use roots::{Recent, Space};
 use std::sync::Arc;
 
@@ -131,7 +151,6 @@ impl VcpuHandle {
 }
 
 /// A virtual processor; in cache lines of its own, as it changes with each fault.
-#[derive(Debug)]
 #[repr(align(128))]
 pub struct Vcpu {
     engine: Arc<Engine>,
@@ -155,6 +174,17 @@ pub struct Vcpu {
     /// What is waited for, and how long already.
     stall: Option<Stall>,
     wait: Backoff,
+}
+
+impl fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpu")
+            .field("regs", &self.regs)
+            .field("apic", &self.apic)
+            .field("stall", &self.stall)
+            .field("faults", &self.faults)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Vcpu {
@@ -194,7 +224,7 @@ impl Vcpu {
     }
 
     /// Loads registers; translations made under the old ones are not used any more. The PDPTE registers
-    /// are loaded as given.
+    /// are loaded as given. Waits for nobody.
     ///
     /// # Errors
     ///
@@ -207,7 +237,7 @@ impl Vcpu {
         Ok(())
     }
 
-    /// MOV to CR0, or LMSW, CLTS.
+    /// MOV to CR0, or LMSW, CLTS. Reads each PDPTE that it loads as one; waits for nobody.
     ///
     /// # Errors
     ///
@@ -220,7 +250,8 @@ impl Vcpu {
 
     /// MOV to CR3: another address space. Whether translations of its PCID are to be kept
     /// ([`Cr3Load::no_flush`](crate::paging::Cr3Load)) is a permission that the roots need not use:
-    /// they are found again by their guest table and the registers.
+    /// they are found again by their guest table and the registers. Reads each PDPTE that it loads as one;
+    /// waits for nobody.
     ///
     /// # Errors
     ///
@@ -240,7 +271,7 @@ impl Vcpu {
         self.set_regs(regs)
     }
 
-    /// MOV to CR4.
+    /// MOV to CR4. Reads each PDPTE that it loads as one; waits for nobody.
     ///
     /// # Errors
     ///
@@ -250,7 +281,7 @@ impl Vcpu {
         self.load_pdptrs(regs, self.regs.reloads_pdptrs(&regs))
     }
 
-    /// WRMSR to IA32_EFER.
+    /// WRMSR to IA32_EFER. Waits for nobody.
     ///
     /// # Errors
     ///
@@ -273,7 +304,7 @@ impl Vcpu {
     }
 
     /// INVPCID, as [`Invpcid::decode`] understood it. Contexts other than the one in use are brought up
-    /// to date when their CR3 is loaded, whether or not that load keeps their translations.
+    /// to date when their CR3 is loaded, whether or not that load keeps their translations. Waits for nobody.
     pub fn invpcid(&mut self, what: Invpcid) {
         let current = match self.regs.cr4 & bits::CR4_PCIDE {
             0 => 0,
@@ -288,13 +319,15 @@ impl Vcpu {
     }
 
     /// Gives up the roots in use; the next entry or fault loads them again, up to date (KVM's
-    /// `kvm_mmu_reset_context`). For what changes outside the registers how addresses are translated.
+    /// `kvm_mmu_reset_context`). For what changes outside the registers how addresses are translated. Waits
+    /// for nobody.
     pub fn reset_context(&mut self) {
         self.release_roots();
         self.stale = true;
     }
 
-    /// As [`Vcpu::invlpg`] for all addresses (MOV to CR3 of the same value, a change of CR4.PGE).
+    /// As [`Vcpu::invlpg`] for all addresses (MOV to CR3 of the same value, a change of CR4.PGE). Waits for
+    /// nobody.
     pub fn flush(&mut self) {
         for root in self.roots.into_iter().flatten() {
             self.engine.sync_root(&self.context, &self.state.stats, root);
@@ -353,7 +386,8 @@ impl Vcpu {
             };
             let regime = Regime::of(&self.regs, user);
             let emulate = self.repeats.is_stuck(gva, access);
-            let info = FaultInfo { mode, regime, root, gva, access, emulate };
+            let apic = self.apic;
+            let info = FaultInfo { mode, regime, root, gva, access, emulate, apic };
             let outcome = self.engine.fault(&self.context, &self.state.stats, &info);
             self.stale |= self.context.relinked.take();
             return outcome;
@@ -565,6 +599,7 @@ impl Drop for Vcpu {
             self.engine.release_root(loaded);
         }
         self.engine.flush.leave(&self.state);
+        self.engine.forget_apic(self.apic);
         self.engine.give_up(&self.context);
         lock(&self.engine.past).add(&self.state.stats);
     }

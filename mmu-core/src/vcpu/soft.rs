@@ -310,12 +310,18 @@ impl Session<'_> {
     }
 
     /// Makes the translations of an access that crosses a page, in ascending order: a fault is that of
-    /// the first page that has one, at its first byte of the access (SDM vol. 3, 5.7).
+    /// the first page that has one, at its first byte of the access (SDM vol. 3, 5.7). That the end is
+    /// not canonical comes before the page fault of the beginning (SDM vol. 1, 3.3.7.1).
     #[inline]
     fn touch(&mut self, gva: Gva, len: usize, access: Access) -> Result<(), SoftExit> {
         let last = gva.wrapping_add(len.saturating_sub(1) as u64);
         if gva.page() == last.page() {
             return Ok(());
+        }
+        let mode = &self.cpu.vcpu.mode;
+        let wrong = split(gva, len).find_map(|(at, _)| mode.linear_of(at, access).err());
+        if let Some(fault) = wrong {
+            return Err(self.raise(fault));
         }
         let mut at = gva;
         loop {

@@ -202,7 +202,7 @@ fn churn_counts_and_writes_until_told_to_stop() {
                 })
             })
             .collect();
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(500));
         s.ram.word(s.image.control_gpa(control::STOP)).store(1, SeqCst);
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });

@@ -248,6 +248,9 @@ impl Audit<'_> {
         if page.machine() != spte.machine() {
             return Some("maps another page than the guest's entry");
         }
+        if self.map.has_apic(gfn.0..gfn.0 + (1 << (shift(level) - PAGE_SHIFT))) {
+            return Some("maps the page of a local APIC");
+        }
         self.expect(rmap_of(level), page.machine().0, at);
         let block = page.index..page.index + (1 << (shift(level) - PAGE_SHIFT));
         if level > 1 && !page.region().host_allows(block.clone()) {

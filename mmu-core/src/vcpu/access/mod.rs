@@ -24,6 +24,7 @@ pub use walker::Walker;
 use super::Vcpu;
 use crate::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::paging::{Access, Kind};
+use crate::sync::WouldDeadlock;
 use space::Space;
 pub(super) use space::split;
 
@@ -228,9 +229,29 @@ impl Vcpu {
 
     /// Names the page at which this vCPU's local APIC answers (IA32_APIC_BASE), or takes the name
     /// away. [`Vcpu::read_emulated`] and [`Vcpu::write_emulated`] report an access to it as such,
-    /// before they look for memory; [`Vcpu::cmpxchg`] refuses it. Faults do not look at it: a memslot
-    /// there is mapped, for a processor that makes an exit of the access by itself.
-    pub fn set_apic_page(&mut self, page: Option<Gpa>) {
-        self.apic = page.map(Gpa::gfn);
+    /// before they look for memory; [`Vcpu::cmpxchg`] refuses it.
+    ///
+    /// When this returns the vCPU's own access to the page is an
+    /// [`Outcome::Mmio`](crate::shadow::Outcome::Mmio). As vCPUs share the shadow, the page is mapped for
+    /// none of them: for one that has its APIC elsewhere the memory there, if any, is an
+    /// [`Outcome::Emulate`](crate::shadow::Outcome::Emulate). (KVM goes to emulation in `kvm_faultin_pfn`
+    /// unless the processor virtualises the APIC. A processor that does needs the page mapped: its VMM names
+    /// no page here.) A vCPU that is gone keeps the page from being mapped until the memory map changes
+    /// next.
+    ///
+    /// Waits for other changes of the memory map and active host invalidations; where a memslot has the
+    /// page also for readers and vCPUs inside the guest. The vCPU must be outside.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldDeadlock`]; the page is the one of before then.
+    pub fn set_apic_page(&mut self, page: Option<Gpa>) -> Result<(), WouldDeadlock> {
+        self.leave();
+        let page = page.map(Gpa::gfn);
+        if page != self.apic {
+            self.engine.move_apic(self.apic, page)?;
+            self.apic = page;
+        }
+        Ok(())
     }
 }

@@ -41,6 +41,9 @@ use vm_memory::{
 /// Writes through the slices are in the dirty log and told to the shadow, unless they are made
 /// through raw pointers or atomic references, since vm-memory says nothing of these.
 ///
+/// What is allowed is asked when a slice is made: one that is held while the host makes the page
+/// read-only, or the guest changes its tables, goes on as it is.
+///
 /// It keeps the memory of the slots of when it was made, and finds no others: who lives long calls
 /// [`memory`](GuestAddressSpace::memory) again now and then.
 ///

@@ -3,7 +3,8 @@
 
 use super::super::Vcpu;
 use crate::addr::Gva;
-use crate::paging::{Access, Fault, Walk};
+use crate::memory::MemoryMap;
+use crate::paging::{Access, Fault, Path, Walk};
 use crate::sync::epoch::Guard;
 
 /// Walks of one vCPU's addresses with one read section kept open between them, so that a walk
@@ -26,7 +27,21 @@ impl Walker<'_> {
     pub fn walk(&mut self, gva: Gva, access: Access) -> Result<Walk, Fault> {
         self.guard.repin();
         let map = self.vcpu.engine.memory.load(&self.guard);
+        if self.vcpu.mode.entry_size() == 4 {
+            return self.walk_narrow(map, gva, access);
+        }
         self.vcpu.mode.walk(map, &self.vcpu.context.hint, gva, access)
+    }
+
+    /// In tables of 4-byte entries, whose bits the shadow of another format may have taken for an
+    /// address ([`Engine::guest_walked`](crate::shadow::Engine::guest_walked)).
+    #[cold]
+    fn walk_narrow(&self, map: &MemoryMap, gva: Gva, access: Access) -> Result<Walk, Fault> {
+        let Vcpu { engine, mode, context, state, .. } = self.vcpu;
+        let mut path = Path::default();
+        let walk = mode.walk_path(map, &context.hint, gva, access, &mut path)?;
+        engine.guest_walked(&state.stats, &self.guard, map, mode, &path);
+        Ok(walk)
     }
 
     /// As [`Vcpu::translate`].
