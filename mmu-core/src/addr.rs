@@ -14,12 +14,20 @@ pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 /// Physical address bits of x86's page-table formats (SDM vol. 3, 5.1.4).
 pub(crate) const PHYSICAL_BITS: u32 = 52;
 /// log2 of the entries of an 8-byte-entry table: 9 (SDM vol. 3, 5.5). Model checking shrinks a
-/// table to two entries; the code above this constant stays the same.
-pub const INDEX_BITS: u32 = if cfg!(loom) { 1 } else { 9 };
+/// table to two entries, four with shuttle; the code above this constant stays the same.
+pub const INDEX_BITS: u32 = match () {
+    () if cfg!(shuttle) => 2,
+    () if cfg!(loom) => 1,
+    () => 9,
+};
 /// Entries of a table with 8-byte entries.
 pub const ENTRIES: usize = 1 << INDEX_BITS;
-/// Levels of 4-level paging; two in model checking.
-pub const LEVELS: u8 = if cfg!(loom) { 2 } else { 4 };
+/// Levels of 4-level paging; two in model checking, three with shuttle.
+pub const LEVELS: u8 = match () {
+    () if cfg!(shuttle) => 3,
+    () if cfg!(loom) => 2,
+    () => 4,
+};
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {

@@ -59,6 +59,8 @@ pub mod mmio;
 mod mmu;
 pub mod paging;
 pub mod shadow;
+#[cfg(all(test, not(loom)))]
+mod stopped;
 pub mod sync;
 pub mod vcpu;
 

@@ -126,6 +126,9 @@ pub enum ConfigError {
 /// | [`Bus::register`], [`Bus::remove`] and the like | other changes of that bus, look-ups on it; never a device |
 /// | [`Removal::wait`](crate::mmio::Removal::wait) | accesses inside the device |
 ///
+/// *Nobody* leaves out locks that are held for a few steps; `docs/protocols.md` has the table of who
+/// waits for a thread that is stopped in the middle of anything.
+///
 /// A thread that is inside the guest with its vCPU, or holds a [`Walker`](crate::vcpu::Walker), must
 /// not make a call that waits for vCPUs or readers. A thread that resolves faults of guest memory
 /// says so ([`Mmu::resolver`]) and is then refused by every call that waits. A thread that has begun an

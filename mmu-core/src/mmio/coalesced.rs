@@ -16,6 +16,7 @@
 //! its next access must not overtake them.
 
 use super::{MAX_ACCESS, Space};
+use crate::sync::steps::{Held, What};
 use crate::sync::{AtomicU64, Backoff, Mutex, Ordering, lock, rule};
 use core::fmt;
 
@@ -155,6 +156,7 @@ impl CoalescedRing {
             match next.compare_exchange_weak(position, new, Ordering::Release, acquire) {
                 Err(now) => position = now,
                 Ok(_) => {
+                    let _held = Held::new(What::Cell);
                     for (to, word) in cell.words.iter().zip(write.words()) {
                         to.store(word, Ordering::Relaxed);
                     }

@@ -22,6 +22,7 @@
 //! An initiator writes no line but its own, and takes a bounded number of steps whatever others do.
 
 use super::registration::{Holder, Registration};
+use crate::sync::steps::{Held, What};
 use crate::sync::{AtomicU64, Backoff, Mark, Ordering, WouldDeadlock, fence};
 use core::ptr::NonNull;
 
@@ -43,6 +44,7 @@ impl Presence {
     /// Begins to look. `number` must differ from that of the last look.
     #[inline]
     pub(super) fn look(&self, number: u64) -> Look<'_> {
+        Held::new(What::Look).keep();
         // Release: the last look is over. Who waits for that may miss the words between.
         self.0.store(number << 2 | LOOKING, Ordering::Release);
         // R30: the word, fence, the table. Pairs with the fence in `Bus::publish`.
@@ -103,8 +105,10 @@ impl<'p> Look<'p> {
     ) -> Inside<'p, T> {
         let inside = Inside { presence: self.0, registration };
         core::mem::forget(self);
+        Held::new(What::Device).keep();
         // Release: this was the last use of the table.
         inside.presence.0.store(inside.registration().id() << 2 | INSIDE, Ordering::Release);
+        Held::end(What::Look);
         inside
     }
 }
@@ -113,6 +117,7 @@ impl Drop for Look<'_> {
     fn drop(&mut self) {
         // Release: this was the last use of the table.
         self.0.0.store(IDLE, Ordering::Release);
+        Held::end(What::Look);
     }
 }
 
@@ -152,5 +157,6 @@ impl<T: ?Sized> Drop for Inside<'_, T> {
             // SAFETY: the word is this access's: `settle` has left a hold of the registration to it.
             drop(unsafe { Holder::from_raw(self.registration) });
         }
+        Held::end(What::Device);
     }
 }

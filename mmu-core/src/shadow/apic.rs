@@ -47,8 +47,9 @@ impl Engine {
     /// A vCPU that had its APIC there is gone, or has moved it. Waits for nobody: the next map will
     /// not have it.
     pub(crate) fn forget_apic(&self, frame: Option<Gfn>) {
+        let Some(frame) = frame else { return };
         let mut apics = lock(&self.apics);
-        if let Some(place) = apics.iter().position(|known| Some(*known) == frame) {
+        if let Some(place) = apics.iter().position(|known| *known == frame) {
             apics.swap_remove(place);
         }
     }

@@ -29,10 +29,19 @@ use crate::sync::Ordering;
 use core::cell::Cell;
 use core::ops::Range;
 
-/// Entries that a fault looks at, its own included. None else in a model: a table there has two.
-const AROUND: usize = if cfg!(loom) { 1 } else { 8 };
+/// Entries that a fault looks at, its own included. None else in a model of loom's: a table there has
+/// two.
+const AROUND: usize = match () {
+    () if cfg!(shuttle) => 2,
+    () if cfg!(loom) => 1,
+    () => 8,
+};
 /// The same at most, where earlier ones were used.
-const WIDEST: usize = if cfg!(loom) { 1 } else { 256 };
+const WIDEST: usize = match () {
+    () if cfg!(shuttle) => 4,
+    () if cfg!(loom) => 1,
+    () => 256,
+};
 /// A window that is as large has lines that tell, and others that are taken for used.
 const LARGE: usize = 4 * AROUND;
 /// Runs that a vCPU may follow at once.

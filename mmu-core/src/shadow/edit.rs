@@ -11,7 +11,7 @@ use core::ops::Range;
 
 /// So many emulated writes to a guest table, with no fault through it, and it is taken for data: its
 /// shadow goes, and writes to it are native (KVM's write-flooding count).
-const FLOOD: u32 = if cfg!(loom) { u32::MAX } else { 3 };
+const FLOOD: u32 = if cfg!(all(loom, not(shuttle))) { u32::MAX } else { 3 };
 
 impl Engine {
     /// Writes guest-physical memory, tells the shadow and the dirty log. Returns how many bytes

@@ -27,6 +27,7 @@
 use super::location::{FrameId, Location};
 use super::stats::Stats;
 use crate::addr::Gva;
+use crate::sync::steps::{Held, What};
 use crate::sync::{
     AtomicU32, AtomicU64, Door, Mutex, Ordering, fence, hint, lock, rule, thread_number,
 };
@@ -527,6 +528,7 @@ impl Cursor {
     /// Marks the vCPU as inside the guest, unless somebody has asked for something: then it stays
     /// outside, and the caller handles that and tries again.
     pub(crate) fn enter(&self) -> bool {
+        Held::new(What::Inside).keep();
         self.state.mode.store(mode::INSIDE, Ordering::Relaxed);
         // R22: mode store, fence, read requests. Pairs with the fence in `VcpuState::request`.
         if rule!(R22) {
@@ -543,6 +545,7 @@ impl Cursor {
     pub(crate) fn leave(&self) {
         // Release pairs with the Acquire in `VcpuState::request`.
         self.state.mode.store(mode::OUTSIDE, Ordering::Release);
+        Held::end(What::Inside);
     }
 
     /// Says that the processor has drained `generation` inside the guest.

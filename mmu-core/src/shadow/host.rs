@@ -15,6 +15,7 @@
 use super::Engine;
 use crate::addr::{Gpa, Hva, PAGE_SHIFT, PAGE_SIZE};
 use crate::memory::{MemoryMap, Slot};
+use crate::sync::steps::{Held, What};
 use crate::sync::{Backoff, Mark, Ordering, WouldDeadlock, fence, lock, rule};
 use core::fmt;
 use core::ops::Range;
@@ -108,6 +109,7 @@ impl Engine {
             for range in ranges {
                 stretches.append(&mut self.pages_in(&map, *range)?);
             }
+            Held::new(What::Away).keep();
             for (slot, pages) in &stretches {
                 slot.region().invalid.begin(pages.clone());
             }
@@ -210,6 +212,7 @@ impl Drop for Invalidation {
         self.engine.invalidating.fetch_sub(1, Ordering::Release);
         // The pages first: who waits for this number looks at them next.
         self.engine.invalidated.fetch_add(1, Ordering::Release);
+        Held::end(What::Away);
     }
 }
 

@@ -19,10 +19,14 @@ use crate::sync::epoch::Guard;
 use crate::sync::{Ordering, lock, rule};
 
 /// Fewest table frames an engine works with (KVM_MIN_ALLOC_MMU_PAGES).
-pub(crate) const MIN_FRAMES: u32 = if cfg!(loom) { 4 } else { 64 };
+pub(crate) const MIN_FRAMES: u32 = match () {
+    () if cfg!(shuttle) => 16,
+    () if cfg!(loom) => 4,
+    () => 64,
+};
 /// Frames that each vCPU must have: two roots in use, one it still runs on, a path of tables, and as
 /// many on their way back.
-pub(crate) const FRAMES_PER_VCPU: u32 = if cfg!(loom) { 1 } else { 8 };
+pub(crate) const FRAMES_PER_VCPU: u32 = if cfg!(all(loom, not(shuttle))) { 1 } else { 8 };
 /// Unless told otherwise, frames are a fiftieth of the memory's pages (KVM_PERMILLE_MMU_PAGES).
 const PAGES_PER_FRAME: u64 = if cfg!(loom) { 1 } else { 50 };
 /// Frame numbers that a fault takes off the round of obsolete pages.

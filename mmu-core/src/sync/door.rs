@@ -11,9 +11,9 @@ pub(crate) struct Door<T> {
     // arc-swap's debts are invisible to the model checker. A model sees a word that counts the values
     // so far; the value itself is kept outside the model.
     #[cfg(loom)]
-    count: loom::sync::atomic::AtomicUsize,
+    count: super::AtomicU64,
     #[cfg(loom)]
-    inner: std::sync::Mutex<(usize, Arc<T>)>,
+    inner: std::sync::Mutex<(u64, Arc<T>)>,
 }
 
 #[cfg(not(loom))]
@@ -35,10 +35,10 @@ impl<T> Door<T> {
 impl<T> Door<T> {
     pub(crate) fn new(value: Arc<T>) -> Self {
         let inner = std::sync::Mutex::new((0, value));
-        Self { count: loom::sync::atomic::AtomicUsize::new(0), inner }
+        Self { count: super::AtomicU64::new(0), inner }
     }
 
-    fn inner(&self) -> std::sync::MutexGuard<'_, (usize, Arc<T>)> {
+    fn inner(&self) -> std::sync::MutexGuard<'_, (u64, Arc<T>)> {
         self.inner.lock().unwrap_or_else(|e| e.into_inner())
     }
 

@@ -117,7 +117,7 @@ impl<T> fmt::Debug for Limbo<T> {
 /// missing Release and a use after the last reader are seen; otherwise it is nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Life {
-    #[cfg(loom)]
+    #[cfg(all(loom, not(shuttle)))]
     tracked: loom::cell::UnsafeCell<()>,
     // Not loom's: the books of the model, not part of it.
     #[cfg(loom)]
@@ -125,7 +125,7 @@ pub(crate) struct Life {
 }
 
 // SAFETY: nothing is in the cell; loom checks the accesses to it.
-#[cfg(loom)]
+#[cfg(all(loom, not(shuttle)))]
 unsafe impl Sync for Life {}
 
 impl Life {
@@ -138,6 +138,7 @@ impl Life {
                 !self.over.load(Ordering::SeqCst),
                 "R30: a snapshot was used after it was freed"
             );
+            #[cfg(not(shuttle))]
             self.tracked.with(|_| ());
         }
     }
@@ -149,7 +150,7 @@ impl Life {
     }
 }
 
-#[cfg(loom)]
+#[cfg(all(loom, not(shuttle)))]
 impl Drop for Life {
     fn drop(&mut self) {
         self.tracked.with_mut(|_| ());

@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The only door to atomics, fences, epochs, arc-swap and the concurrent map.
 //!
-//! In a normal build these are the crates' own types. Under `--cfg loom` they are loom's, or
-//! stand-ins with the same operations, so that a model explores the code that ships. Nothing
-//! outside this module names those crates.
+//! In a normal build these are the crates' own types. In a model build, `--cfg loom`, they are a
+//! checker's, or stand-ins with the same operations, so that a model explores the code that ships. The
+//! checker is loom, or with `--cfg shuttle` besides shuttle. Nothing outside this module names those
+//! crates.
 //!
 //! | facade | normal build | model build |
 //! | --- | --- | --- |
-//! | atomics, [`fence`], `UnsafeCell` | `core` | `loom` |
-//! | [`epoch`] | crossbeam-epoch | a checked stand-in, or crossbeam-epoch over loom |
-//! | `ConcurrentMap` | dashmap | an ordered map under a loom mutex |
-//! | `Door` | arc-swap | an `Arc` under a loom mutex |
-//! | `Mutex` | `std` | loom |
+//! | atomics, [`fence`] | `core` | the checker's |
+//! | `UnsafeCell` | `core` | loom's; with shuttle `core`'s |
+//! | [`epoch`] | crossbeam-epoch | a checked stand-in, or crossbeam-epoch (over loom; shuttle does not see into it) |
+//! | `ConcurrentMap` | dashmap | an ordered map under the checker's mutex |
+//! | `Door` | arc-swap | a word of the checker's and an `Arc` |
+//! | `Mutex` | `std` | the checker's |
+//!
+//! In unit tests atomics and mutexes are wrapped, so that a test can stop a thread between two of them
+//! (`steps`).
 
 mod chunks;
 mod door;
@@ -22,6 +27,7 @@ mod map;
 pub mod rules;
 mod sequence;
 mod set;
+pub(crate) mod steps;
 mod threads;
 mod wide;
 
@@ -37,15 +43,22 @@ pub(crate) use wide::exchange_across;
 
 pub use core::sync::atomic::Ordering;
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, test)))]
 pub use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence};
 #[cfg(not(loom))]
 pub(crate) use std::sync::Mutex;
+#[cfg(all(test, not(loom)))]
+pub use steps::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence};
+
+#[cfg(all(loom, not(shuttle)))]
+pub(crate) use loom as checker;
+#[cfg(all(loom, shuttle))]
+pub(crate) use shuttle as checker;
 
 #[cfg(loom)]
-pub(crate) use loom::sync::Mutex;
+pub(crate) use checker::sync::Mutex;
 #[cfg(loom)]
-pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence};
+pub use checker::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence};
 
 /// Atomics that no protocol rests on: hints and tallies, whose value only makes something cheaper or
 /// earlier. Not loom's, so that they do not multiply what a model explores.
@@ -54,15 +67,15 @@ pub(crate) mod hint {
 }
 
 /// Interior mutability whose every access the model checker sees.
-#[cfg(loom)]
+#[cfg(all(loom, not(shuttle)))]
 pub(crate) use loom::cell::UnsafeCell;
 
 /// Interior mutability with loom's closure interface.
-#[cfg(not(loom))]
+#[cfg(any(not(loom), shuttle))]
 #[derive(Debug)]
 pub(crate) struct UnsafeCell<T>(core::cell::UnsafeCell<T>);
 
-#[cfg(not(loom))]
+#[cfg(any(not(loom), shuttle))]
 impl<T> UnsafeCell<T> {
     #[inline]
     pub(crate) const fn new(value: T) -> Self {
@@ -92,9 +105,13 @@ pub(crate) use rule;
 
 /// Locks, whether or not a panicking thread held the lock: every critical section in this crate
 /// leaves its data consistent at each step.
+#[cfg(not(all(test, not(loom))))]
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> impl core::ops::DerefMut<Target = T> + '_ {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
+
+#[cfg(all(test, not(loom)))]
+pub(crate) use steps::lock;
 
 /// One step of waiting for another thread's short critical section: spins a few times, then lets
 /// the scheduler run the other thread.
@@ -106,9 +123,11 @@ impl Backoff {
 
     pub(crate) fn wait(&mut self) {
         #[cfg(loom)]
-        loom::thread::yield_now();
+        checker::thread::yield_now();
         #[cfg(not(loom))]
-        if self.0 < Self::SPINS {
+        if steps::waits_in_vain() {
+            // All others stand still.
+        } else if self.0 < Self::SPINS {
             core::hint::spin_loop();
         } else {
             std::thread::yield_now();

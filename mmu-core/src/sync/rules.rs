@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 
 std::thread_local! {
-    // loom runs all threads of a model on the thread that called it, so this is per model.
+    // A checker runs all threads of a model on the thread that called it, so this is per model.
     static OFF: RefCell<Option<&'static str>> = const { RefCell::new(None) };
 }
 

@@ -6,6 +6,7 @@
 //! It is held for the update or scan alone: never across guest memory, an allocation, a callback
 //! or a flush. [`LocationSet::is_empty`] and [`LocationSet::only`] take no lock.
 
+use super::steps::{Held, What};
 use super::{AtomicU64, Backoff, Ordering, UnsafeCell, rule};
 use core::fmt;
 
@@ -306,7 +307,10 @@ impl LocationSet {
                 Ordering::Relaxed,
             );
             match locked {
-                Ok(_) => return word,
+                Ok(_) => {
+                    Held::new(What::List).keep();
+                    return word;
+                }
                 Err(_) => backoff.wait(),
             }
         }
@@ -315,6 +319,7 @@ impl LocationSet {
     fn unlock(&self, word: u64) {
         // Release publishes the blocks and the word to the next `lock`.
         self.0.store(word, Ordering::Release);
+        Held::end(What::List);
     }
 }
 
@@ -328,6 +333,7 @@ impl Drop for LocationSet {
             // SAFETY: as above.
             at = cell.0.with_mut(|block| unsafe { (*block).next });
         }
+        Held::end(What::List);
     }
 }
 

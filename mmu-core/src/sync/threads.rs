@@ -34,12 +34,12 @@ std::thread_local! {
     static MARKS: Marks = const { RefCell::new(Vec::new()) };
 }
 #[cfg(loom)]
-loom::lazy_static! {
+super::checker::lazy_static! {
     // Begins anew with each execution of a model; not part of it.
     static ref COUNT: core::sync::atomic::AtomicUsize = core::sync::atomic::AtomicUsize::new(0);
 }
 #[cfg(loom)]
-loom::thread_local! {
+super::checker::thread_local! {
     static NUMBER: usize = COUNT.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
     static MARKS: Marks = RefCell::new(Vec::new());
 }
@@ -75,7 +75,7 @@ impl Drop for Mark {
     }
 }
 
-/// A number that nothing else in this process has. Not part of any protocol, so not loom's.
+/// A number that nothing else in this process has. Not part of any protocol, so not the checker's.
 pub(crate) fn unique() -> u64 {
     use core::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);

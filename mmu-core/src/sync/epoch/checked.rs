@@ -6,8 +6,9 @@
 //! something is retired, and a release/acquire edge from the end of each section to whatever runs
 //! after it has ended. Anything still deferred when the collector goes is run then.
 
+use crate::sync::checker::thread::yield_now;
+use crate::sync::{AtomicBool, Ordering, fence};
 use core::fmt;
-use loom::sync::atomic::{AtomicBool, Ordering, fence};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -129,7 +130,7 @@ impl Handle {
         self.inner.look(Ordering::Relaxed);
         let wait = self.inner.books().open();
         while self.inner.books().open().iter().any(|s| wait.contains(s)) {
-            loom::thread::yield_now();
+            yield_now();
         }
         self.inner.look(Ordering::Acquire);
         self.inner.collect();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The facade over crossbeam-epoch.
 
+use crate::sync::steps::{Held, What};
 use crate::sync::{AtomicBool, Backoff, Ordering};
 use core::fmt;
 use core::marker::PhantomData;
@@ -43,7 +44,8 @@ impl Handle {
     #[inline]
     #[must_use]
     pub fn pin(&self) -> Guard<'_> {
-        Guard { guard: self.0.pin(), handle: PhantomData }
+        let held = Held::new(What::ReadSection);
+        Guard { guard: self.0.pin(), _held: held, handle: PhantomData }
     }
 
     /// Waits until every read section that is open now has ended (a grace period).
@@ -71,6 +73,7 @@ impl fmt::Debug for Handle {
 /// An open read section.
 pub struct Guard<'h> {
     guard: crossbeam_epoch::Guard,
+    _held: Held,
     handle: PhantomData<&'h Handle>,
 }
 

@@ -18,8 +18,10 @@ pub use crossbeam::{Collector, Guard, Handle};
 #[cfg(loom)]
 pub use model::{Collector, Guard, Handle};
 
+use super::steps::{Held, What, point};
 use core::fmt;
 use core::ops::{Deref, DerefMut};
+use std::sync::TryLockError;
 
 /// Registered readers for threads that come now and then. A reader registered for each call would
 /// leave some kilobytes behind for as long as another stands still in its section.
@@ -34,11 +36,23 @@ impl Pool {
         Self { collector, free: std::sync::Mutex::new(Vec::new()) }
     }
 
-    /// A handle for one call.
+    /// A handle for one call. Another thread in the pool just now is not waited for: it might have
+    /// been stopped there.
     pub(crate) fn get(&self) -> Pooled<'_> {
-        let free = self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop();
+        let free = self.try_with_free(Vec::pop).flatten();
         let handle = free.unwrap_or_else(|| self.collector.register());
         Pooled { handle: Some(handle), pool: self }
+    }
+
+    fn try_with_free<R>(&self, change: impl FnOnce(&mut Vec<Handle>) -> R) -> Option<R> {
+        let mut free = match self.free.try_lock() {
+            Ok(free) => free,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        let _held = Held::new(What::Pool);
+        point();
+        Some(change(&mut free))
     }
 }
 
@@ -77,7 +91,8 @@ impl Drop for Pooled<'_> {
         if !cfg!(loom) {
             // What waits in its bag must not wait for its next use.
             handle.pin().flush();
-            self.pool.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(handle);
+            // Else it is dropped.
+            let _ = self.pool.try_with_free(|free| free.push(handle));
         }
     }
 }
