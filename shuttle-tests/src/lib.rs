@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the storms in `tests/` are made of: seeds and time, a guest, what its vCPUs do, and what happens
+//! to them. Empty without `--cfg shuttle`.
+#![cfg(shuttle)]
+
+mod changes;
+mod guest;
+mod gusts;
+mod seeds;
+mod storm;
+mod vcpu;
+
+pub use changes::Change;
+pub use seeds::{mutant, storm};
+pub use storm::Storm;
