@@ -210,6 +210,12 @@ impl Found {
     pub fn figure(&mut self, figure: Figure) {
         self.outcomes.push(Outcome::Figure(Box::new(figure)));
     }
+
+    /// What another part of the row has found.
+    pub fn append(&mut self, mut other: Self) {
+        self.outcomes.append(&mut other.outcomes);
+        self.plots.append(&mut other.plots);
+    }
 }
 
 /// A row of the table: one workload.

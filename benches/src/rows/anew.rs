@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Several vCPUs that make the shadow of their page tables anew after all of it was torn down.
 //!
-//! As in the other row of Z1, a table has one page that is touched, and there are frames for a quarter
+//! As elsewhere in Z1, a table has one page that is touched, and there are frames for a quarter
 //! more tables than the guest has: the old ones are torn down, freed and used again by the faults that
 //! need them, and a vCPU that is out of frames waits for the others.
 
 use super::lanes::{Crowd, Ids, each, ids, measure};
 use crate::cpu::{Work, together};
-use crate::figure::{Failure, Found, Row, check_eq};
+use crate::figure::{Failure, Found, check_eq};
 use crate::guest::{MIB, Memory, PAGE, regs};
 use crate::measure::{Effort, calibrate, per_operation};
 use crate::regime::{Brief, Regime, Vm};
@@ -153,24 +153,12 @@ impl Crowd for Setup {
     }
 }
 
-/// Z1, with several vCPUs.
-#[derive(Debug)]
-pub struct Anew;
+/// The figures of these vCPUs.
+pub const IDS: &Ids = ids!("Z1");
 
-const IDS: &Ids = ids!("Z1");
-
-impl Row for Anew {
-    fn id(&self) -> &'static str {
-        "Z1"
-    }
-
-    fn figures(&self) -> &'static [&'static str] {
-        IDS.as_flattened()
-    }
-
-    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
-        measure::<Setup>(effort, (), IDS, each!("vCPUs make the shadow anew after zap_all"), None)
-    }
+/// Measures them.
+pub fn run(effort: &Effort) -> Result<Found, Failure> {
+    measure::<Setup>(effort, (), IDS, each!("vCPUs make the shadow anew after zap_all"), None)
 }
 
 #[cfg(test)]

@@ -51,7 +51,6 @@ pub fn all() -> Vec<Box<dyn Row>> {
         Box::new(dirty::Harvest),
         Box::new(precopy::BesideHarvest),
         Box::new(zap::ZapAll),
-        Box::new(anew::Anew),
         Box::new(age::Ageing),
         Box::new(memory::Metadata),
         Box::new(garbage::Garbage),

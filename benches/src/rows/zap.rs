@@ -192,14 +192,27 @@ impl Row for ZapAll {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["Z1.latency", "Z1.p999", "Z1.cpu"]
+        &[
+            "Z1.latency",
+            "Z1.p999",
+            "Z1.cpu",
+            "Z1.v2",
+            "Z1.v2.rwlock",
+            "Z1.v2.mutex",
+            "Z1.v8",
+            "Z1.v8.rwlock",
+            "Z1.v8.mutex",
+            "Z1.v32",
+            "Z1.v32.rwlock",
+            "Z1.v32.mutex",
+        ]
     }
 
-    fn run(&self, effort: &Effort) -> Result<Found, Failure> {
+    fn run(&self, full: &Effort) -> Result<Found, Failure> {
         let mut found = Found::default();
-        let quick = effort.pairs <= Effort::QUICK.pairs;
+        let quick = full.pairs <= Effort::QUICK.pairs;
         let many = if quick { QUICK } else { MANY };
-        let effort = &Effort { pairs: effort.pairs.min(ROUNDS), ..*effort };
+        let effort = &Effort { pairs: full.pairs.min(ROUNDS), ..*full };
         let (tick, mut guests) = (tick_ns(), Vec::new());
         for (name, tables) in [FEW, many] {
             guests.push((name, Guest::new(tables)?, Vec::new()));
@@ -242,6 +255,7 @@ impl Row for ZapAll {
             let audit = guest.mmu.audit().map_err(Failure::in_step("audit"))?;
             check_eq("shadow entries", audit.sptes, guest.tables)?;
         }
+        found.append(super::anew::run(full)?);
         Ok(found)
     }
 }

@@ -190,11 +190,7 @@ impl Session<'_> {
         let access = Access { user, ..Access::read() };
         match self.translate(gva, access)? {
             Found::Page(page) => Ok(self.load_word(page, gva)),
-            Found::Emulate => {
-                let mut bytes = [0; 8];
-                self.emulate(|vcpu| vcpu.read(Gva(gva.0 & !7), &mut bytes, access))?;
-                Ok(u64::from_le_bytes(bytes))
-            }
+            Found::Emulate => self.read_word(gva, access),
         }
     }
 
@@ -331,6 +327,14 @@ impl Session<'_> {
             }
             at = at.page().wrapping_add(PAGE_SIZE);
         }
+    }
+
+    /// The aligned word around `gva`, through the guest's own tables.
+    #[cold]
+    fn read_word(&mut self, gva: Gva, access: Access) -> Result<u64, SoftExit> {
+        let mut bytes = [0; 8];
+        self.emulate(|vcpu| vcpu.read(Gva(gva.0 & !7), &mut bytes, access))?;
+        Ok(u64::from_le_bytes(bytes))
     }
 
     /// The aligned word around `gva`, read or fetched.
