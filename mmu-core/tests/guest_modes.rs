@@ -21,7 +21,7 @@ use mmu_core::addr::{Gfn, Gpa, Gva, Machine};
 use mmu_core::memory::{
     Alias, AllocatedMemory, DirtyMode, MemoryMap, SlotConfig, SlotFlags, SlotId,
 };
-use mmu_core::paging::{Access, Entry, Kind, PagingMode, Regs, bits};
+use mmu_core::paging::{Access, Entry, Fault, Kind, PagingMode, Reason, Regs, bits};
 use mmu_core::shadow::PageRange;
 use mmu_core::vcpu::{AccessError, SoftExit, SoftVcpu, VcpuError};
 use mmu_core::{Config, Mmu};
@@ -92,6 +92,8 @@ struct World {
     cpus: Vec<SoftVcpu>,
     /// Whether what the vCPU remembers is what the tables say.
     fresh: Vec<bool>,
+    /// Pages that walks have passed through, wherever the guest's wild entries led them.
+    tables: BTreeSet<(SlotId, u64)>,
     host_read_only: BTreeSet<(SlotId, u64)>,
     /// Pages written since their slot's log was taken.
     written: BTreeSet<(SlotId, u64)>,
@@ -122,6 +124,7 @@ impl World {
             random,
             cpus,
             fresh: vec![true; 2],
+            tables: BTreeSet::new(),
             host_read_only: BTreeSet::new(),
             written: BTreeSet::new(),
             recent: Vec::new(),
@@ -421,9 +424,25 @@ impl World {
         let map = self.mmu.memory();
         let first = self.expect(&map, cpu, gva, access);
         let mut parts = vec![(first, gva, (PAGE - gva.page_offset()).min(size as u64))];
-        if crosses && parts[0].0.end.is_ok() {
+        if crosses {
             let (at, left) = (last.page(), size as u64 - parts[0].2);
-            parts.push((self.expect(&map, cpu, at, access), at, left));
+            let second = self.expect(&map, cpu, at, access);
+            let not_canonical = |part: &Expected| {
+                matches!(part.end, Err(SoftExit::Fault(Fault { reason: Reason::NonCanonical, .. })))
+            };
+            if not_canonical(&second) && !not_canonical(&parts[0].0) {
+                // Comes before the page fault of the beginning.
+                parts.clear();
+            }
+            if parts.iter().all(|(part, ..)| part.end.is_ok()) {
+                parts.push((second, at, left));
+            }
+        }
+        let reads = Access { user, ..Access::read() };
+        let warmed = warm.map(|warm| self.expect(&map, cpu, warm, reads));
+        for step in parts.iter().map(|(part, ..)| part).chain(&warmed).flat_map(|part| &part.steps)
+        {
+            self.tables.extend(place(&map, step.at));
         }
         let value = match self.random.one_in(3) {
             true => self.wide_entry(WIDE[0]),
@@ -453,7 +472,10 @@ impl World {
             Kind::Write => session.store(gva, bytes, user),
         };
         drop(session);
-        let to_table = |gpa: Gpa| (16..TABLES_END).contains(&gpa.gfn().0);
+        let to_table = |gpa: Gpa| {
+            (16..TABLES_END).contains(&gpa.gfn().0)
+                || place(&map, gpa).is_some_and(|place| self.tables.contains(&place))
+        };
         if kind == Kind::Write {
             let stored: Vec<Gpa> = parts.iter().filter_map(|(part, ..)| part.end.ok()).collect();
             // A stale translation may have been of another page.
@@ -673,6 +695,7 @@ impl World {
             levels: self.levels,
             random: Random::new(salt),
             fresh: vec![false; cpu.iter().len()],
+            tables: BTreeSet::new(),
             cpus: cpu.into_iter().collect(),
             host_read_only: self.host_read_only.clone(),
             written: BTreeSet::new(),
