@@ -7,7 +7,7 @@ mod common;
 use common::{Guest, MIB, PAGE, RWU, load, store};
 use mmu_core::Mmu;
 use mmu_core::addr::{Gpa, Gva, Machine};
-use mmu_core::memory::{AllocatedMemory, SlotConfig};
+use mmu_core::memory::{Alias, AllocatedMemory, SlotConfig};
 use mmu_core::paging::{Access, bits};
 use mmu_core::shadow::Outcome;
 use mmu_core::sync::WouldDeadlock;
@@ -152,4 +152,39 @@ fn nobody_has_a_page_mapped_that_was_named() {
         stop.store(true, Ordering::Relaxed);
     });
     guest.audit();
+}
+
+/// Two names of one page of memory, one of which is an APIC's: a table that the guest changes from the
+/// other to that keeps nothing that was derived from it, whether it is in sync or not.
+#[test]
+fn what_was_mapped_by_another_name_goes() {
+    const ALIAS: u64 = 64 * MIB;
+    const TABLE: u64 = 0xb000;
+    for natively in [false, true] {
+        let guest = guest();
+        let alias = Alias { number: 0, base: Gpa(ALIAS), size: PAGE, target: Gpa(APIC) };
+        guest.mmu.set_alias(alias).unwrap();
+        let [mut one, mut other] = [guest.vcpu(), guest.vcpu()];
+        one.vcpu_mut().set_apic_page(Some(Gpa(ALIAS))).unwrap();
+        let flags = RWU | bits::A | bits::D;
+        let entry = guest.entry(guest.root, Gva(0x9000), 1);
+        guest.map(Gva(TABLE), entry.page(), flags);
+        for cpu in [&mut one, &mut other] {
+            load(cpu, 0x9000);
+        }
+        if natively {
+            store(&mut one, TABLE + entry.page_offset(), ALIAS | flags);
+            assert_eq!(guest.mmu.stats().mmu_unsync, 1);
+        } else {
+            guest.write(entry, ALIAS | flags);
+        }
+        for cpu in [&mut one, &mut other] {
+            cpu.invlpg(Gva(0x9000));
+        }
+        let exit = SoftExit::Mmio(Gpa(ALIAS));
+        assert_eq!(one.session().load(Gva(0x9000), &mut [0; 4], true), Err(exit));
+        let fault = other.vcpu_mut().fault(Gva(0x9000), USER);
+        assert_eq!(fault, Ok(Outcome::Emulate { gpa: Gpa(ALIAS) }));
+        guest.audit();
+    }
 }

@@ -28,7 +28,7 @@ use mmu_core::addr::{Gpa, Gva, Machine};
 use mmu_core::memory::{
     Alias, AllocatedMemory, Backing, DirtyMode, MemoryMap, SlotConfig, SlotFlags, SlotId,
 };
-use mmu_core::paging::{Access, Invpcid, Kind, Regs, bits};
+use mmu_core::paging::{Access, Invpcid, Kind, Reason, Regs, bits};
 use mmu_core::shadow::PageRange;
 use mmu_core::vcpu::{SoftExit, SoftVcpu, VcpuError};
 use mmu_core::{Config, Mmu};
@@ -225,7 +225,17 @@ impl World {
             exact = self.invalidate(cpu, gvas, bytes);
         }
         let map = self.mmu.memory();
-        let parts = self.moment(&map, cpu).parts(gva, size, access, kind == Kind::Write);
+        let mut parts = self.moment(&map, cpu).parts(gva, size, access, kind == Kind::Write);
+        // The page of its own APIC comes out, whatever is there. (The processor's own accesses are the
+        // emulator's here, and the APIC is not asked.)
+        let apic = self.apic[cpu].filter(|_| !access.implicit);
+        for part in &mut parts {
+            if let End::Memory(gpa) | End::HostReadOnly(gpa) = part.end
+                && apic.is_some_and(|page| page.gfn() == gpa.gfn())
+            {
+                part.end = End::Device(gpa);
+            }
+        }
         let exact = exact && !overlaps(&map, &parts);
         let before = self.moment(&map, cpu).bytes(&parts, size);
         let mut value = [0; 16];
@@ -283,12 +293,20 @@ impl World {
             let regs = self.cpus[cpu].vcpu().regs();
             format!("{access:?} of {size} at {gva}: {parts:x?} {regs:x?}")
         };
+        let not_canonical = parts.iter().find_map(|part| match part.end {
+            End::Fault(fault) if fault.reason == Reason::NonCanonical => {
+                Some(SoftExit::Fault(fault))
+            }
+            _ => None,
+        });
+        // That the end is not canonical comes before the page fault of the beginning.
         let refused = parts.iter().find_map(|part| match part.end {
             End::Fault(fault) => Some(SoftExit::Fault(fault)),
             End::HostReadOnly(gpa) => Some(SoftExit::HostReadOnly(gpa)),
             End::Device(gpa) => Some(SoftExit::Mmio(gpa)),
             End::Memory(_) => None,
         });
+        let refused = not_canonical.or(refused);
         // An access that the processor makes itself is checked as a whole.
         let implicit = access.implicit && parts.len() > 1 && refused.is_some();
         assert!(implicit && result.is_err() || result.err() == refused, "{result:?} {}", context());
@@ -468,7 +486,10 @@ impl World {
                 let cpu = usize::from(which >> 4 & 1);
                 let page = (which & 0x80 == 0).then(|| Gpa(bytes.page()));
                 self.apic[cpu] = page;
-                self.cpus[cpu].vcpu_mut().set_apic_page(page);
+                self.cpus[cpu]
+                    .vcpu_mut()
+                    .set_apic_page(page)
+                    .expect("nobody resolves or invalidates");
             }
             _ => self.audit(),
         }

@@ -25,7 +25,9 @@ impl Engine {
                     return known.is_none_or(|(gfn, write)| gfn == gpa.gfn() && may_write >= write);
                 }
                 let allowed = role.allows(guest);
+                // An APIC's page may have another name, by which the same memory is mapped.
                 spte.is_present()
+                    && !map.has_apic(gpa.gfn().0..gpa.gfn().0 + 1)
                     && map.page(gpa.gfn()).is_some_and(|page| page.machine() == spte.machine())
                     && allowed.read
                     && (may_write || !spte.is_writable() && !spte.grants_write())

@@ -448,7 +448,8 @@ impl Vcpu {
     /// drain inside between polls, without running guest code, so that two vCPUs that wait for each
     /// other get on. Waits for nobody itself.
     ///
-    /// False also when the vCPU was asked to exit, which the next [`Vcpu::enter`] says.
+    /// False also when the vCPU was asked to exit, which the next [`Vcpu::enter`] says: go back to that,
+    /// rather than repeat what stalled.
     pub fn must_wait(&mut self, stall: Stall) -> bool {
         self.leave();
         if self.stall.replace(stall) != Some(stall) {
