@@ -5,16 +5,14 @@
 //! more tables than the guest has: the old ones are torn down, freed and used again by the faults that
 //! need them, and a vCPU that is out of frames waits for the others.
 
-use super::lanes::{Crowd, Ids, each, ids, measure};
+use super::lanes::{Crowd, Ids, each, fault, ids, measure, resume};
 use crate::cpu::{Work, together};
 use crate::figure::{Failure, Found, check_eq};
 use crate::guest::{MIB, Memory, PAGE, regs};
 use crate::measure::{Effort, calibrate, per_operation};
 use crate::regime::{Brief, Regime, Vm};
-use mmu_core::addr::Gva;
-use mmu_core::paging::Access;
 use mmu_core::shadow::Outcome;
-use mmu_core::vcpu::{Entry, Vcpu};
+use mmu_core::vcpu::Vcpu;
 use std::cell::RefCell;
 use std::sync::Arc;
 
@@ -33,39 +31,11 @@ impl Lane {
     /// Touches a page of each table, and lets the guest go on after each fault.
     fn pass(&mut self, vm: &Vm) -> Result<(), Failure> {
         for table in 0..self.tables {
-            let gva = Gva(FIRST + table * 2 * MIB + table % 512 * PAGE);
-            loop {
-                match vm.exclusive(|| self.vcpu.fault(gva, Access::write().user())) {
-                    Ok(Outcome::Fixed) => break,
-                    Ok(other) => return Err(Failure::new(format!("table {table}: {other:?}"))),
-                    Err(stall) => {
-                        while self.vcpu.must_wait(stall) {
-                            std::thread::yield_now();
-                        }
-                    }
-                }
-            }
-            self.resume()?;
+            let gva = FIRST + table * 2 * MIB + table % 512 * PAGE;
+            check_eq("fault", fault(vm, &mut self.vcpu, gva)?, Outcome::Fixed)?;
+            resume(&mut self.vcpu)?;
         }
         Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), Failure> {
-        loop {
-            match self.vcpu.enter(true, |_| ()) {
-                Ok(Entry::Run { generation, .. }) => {
-                    self.vcpu.drained(generation);
-                    self.vcpu.leave();
-                    return Ok(());
-                }
-                Ok(other) => return Err(Failure::new(format!("entry: {other:?}"))),
-                Err(stall) => {
-                    while self.vcpu.must_wait(stall) {
-                        std::thread::yield_now();
-                    }
-                }
-            }
-        }
     }
 }
 

@@ -7,7 +7,7 @@
 //! enter the guest, which makes it drain what it was asked to. The regime's lock is held for each fault,
 //! each emulated store and each INVLPG, and for nothing else.
 
-use super::lanes::{Crowd, Ids, each, ids, measure};
+use super::lanes::{Crowd, Ids, each, fault, ids, measure, resume};
 use crate::cpu::{Work, together};
 use crate::figure::{Failure, Found, Goal, Row, check_eq};
 use crate::guest::{LEAF, MIB, Memory, PAGE, regs};
@@ -17,8 +17,8 @@ use mmu_core::Config;
 use mmu_core::addr::Gva;
 use mmu_core::memory::AllocatedMemory;
 use mmu_core::paging::Access;
-use mmu_core::shadow::{Outcome, Stall};
-use mmu_core::vcpu::{Entry, Vcpu};
+use mmu_core::shadow::Outcome;
+use mmu_core::vcpu::Vcpu;
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -67,42 +67,11 @@ struct Lane {
 }
 
 impl Lane {
-    /// Lets the guest go on: the vCPU enters, learns what to forget, and comes out again.
-    fn resume(&mut self) -> Result<(), Failure> {
-        loop {
-            match self.vcpu.enter(true, |_| ()) {
-                Ok(Entry::Run { generation, .. }) => {
-                    self.vcpu.drained(generation);
-                    self.vcpu.leave();
-                    return Ok(());
-                }
-                Ok(other) => return Err(Failure::new(format!("entry: {other:?}"))),
-                Err(stall) => self.wait(stall),
-            }
-        }
-    }
-
-    #[cold]
-    fn wait(&mut self, stall: Stall) {
-        while self.vcpu.must_wait(stall) {
-            std::thread::yield_now();
-        }
-    }
-
-    fn fault(&mut self, vm: &Vm, gva: u64) -> Result<Outcome, Failure> {
-        loop {
-            match vm.exclusive(|| self.vcpu.fault(Gva(gva), Access::write().user())) {
-                Ok(outcome) => return Ok(outcome),
-                Err(stall) => self.wait(stall),
-            }
-        }
-    }
-
     /// The guest stores to an entry of its own table.
     fn store_entry(&mut self, vm: &Vm, page: u64, entry: u64) -> Result<(), Failure> {
         let gva = self.window + page * 8;
         if !self.native {
-            match (self.fault(vm, gva)?, self.kind) {
+            match (fault(vm, &mut self.vcpu, gva)?, self.kind) {
                 (Outcome::Emulate { .. }, Kind::Emulated) => {}
                 (Outcome::Fixed, Kind::Native) => self.native = true,
                 (other, _) => return Err(Failure::new(format!("store to a table: {other:?}"))),
@@ -114,21 +83,21 @@ impl Lane {
                 let gva = Gva(self.range + page * PAGE);
                 vm.exclusive(|| self.vcpu.invlpg(gva));
             }
-            return self.resume();
+            return resume(&mut self.vcpu);
         }
         let bytes = entry.to_le_bytes();
         let written = vm.exclusive(|| self.vcpu.write(Gva(gva), &bytes, Access::write().user()));
         written.map_err(Failure::in_step("emulated store"))?;
-        self.resume()
+        resume(&mut self.vcpu)
     }
 
     /// The guest stores to a page that it has just mapped.
     fn touch(&mut self, vm: &Vm, page: u64) -> Result<(), Failure> {
-        match self.fault(vm, self.range + page * PAGE)? {
+        match fault(vm, &mut self.vcpu, self.range + page * PAGE)? {
             Outcome::Fixed => {
                 let word = self.memory.word(self.data + page * PAGE);
                 word.store(self.cycles + page, Ordering::Relaxed);
-                self.resume()
+                resume(&mut self.vcpu)
             }
             // Somebody else has freed it meanwhile.
             Outcome::Guest(_) if self.layout == Layout::OneRange => Ok(()),
@@ -149,7 +118,7 @@ impl Lane {
             }
             for page in 0..PAGES {
                 self.store_entry(vm, page, 0)?;
-                self.fault(vm, self.range + 511 * PAGE)?;
+                fault(vm, &mut self.vcpu, self.range + 511 * PAGE)?;
             }
             return Ok(());
         }
@@ -207,7 +176,7 @@ impl Setup {
             let (cycles, native) = (0, false);
             let mut lane =
                 Lane { vcpu, memory, range, window, data, cycles, layout, table, native, kind };
-            let outcome = lane.fault(&vm, range + 511 * PAGE)?;
+            let outcome = fault(&vm, &mut lane.vcpu, range + 511 * PAGE)?;
             check_eq("first fault", outcome, Outcome::Fixed)?;
             made.push(lane);
         }

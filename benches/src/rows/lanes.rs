@@ -4,7 +4,11 @@
 use super::threads::needs_two;
 use crate::figure::{Failure, Figure, Found, Goal};
 use crate::measure::{Effort, Samples, Variant, interleave, undisturbed};
-use crate::regime::Regime;
+use crate::regime::{Regime, Vm};
+use mmu_core::addr::Gva;
+use mmu_core::paging::Access;
+use mmu_core::shadow::{Outcome, Stall};
+use mmu_core::vcpu::{Entry, Vcpu};
 use serde_json::json;
 
 /// Figures of a row: by number of vCPUs, then by regime.
@@ -91,6 +95,38 @@ pub fn measure<C: Crowd>(
         }
     }
     Ok(found)
+}
+
+/// A fault on a write of the guest's, under the regime's lock; waiting is done without.
+pub fn fault(vm: &Vm, vcpu: &mut Vcpu, gva: u64) -> Result<Outcome, Failure> {
+    loop {
+        match vm.exclusive(|| vcpu.fault(Gva(gva), Access::write().user())) {
+            Ok(outcome) => return Ok(outcome),
+            Err(stall) => wait(vcpu, stall),
+        }
+    }
+}
+
+/// Lets the guest go on: the vCPU enters, learns what to forget, and comes out again.
+pub fn resume(vcpu: &mut Vcpu) -> Result<(), Failure> {
+    loop {
+        match vcpu.enter(true, |_| ()) {
+            Ok(Entry::Run { generation, .. }) => {
+                vcpu.drained(generation);
+                vcpu.leave();
+                return Ok(());
+            }
+            Ok(other) => return Err(Failure::new(format!("entry: {other:?}"))),
+            Err(stall) => wait(vcpu, stall),
+        }
+    }
+}
+
+#[cold]
+fn wait(vcpu: &mut Vcpu, stall: Stall) {
+    while vcpu.must_wait(stall) {
+        std::thread::yield_now();
+    }
 }
 
 fn compare<C: Crowd>(
