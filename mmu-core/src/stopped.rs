@@ -20,6 +20,7 @@ use operations::{OPERATIONS, Operation};
 use others::{OTHERS, Other};
 use scene::Scene;
 use std::collections::{BTreeMap, BTreeSet};
+// Not the facade's: no steps of what is tried.
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{Scope, scope, sleep, spawn};

@@ -576,7 +576,7 @@ impl Attempt<'_> {
             links.add(at.word());
         }
         // R2, R17: own store, fence, foreign load. Pairs with the fences of `drop_derived`,
-        // `ensure_protected` and `zap`.
+        // `ensure_protected` and `tear_down`.
         if rule!(R02) {
             fence(Ordering::SeqCst);
         }
