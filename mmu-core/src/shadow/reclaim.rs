@@ -186,22 +186,17 @@ impl Engine {
             self.flush.drained(generation, kick);
         }
         let (used, _) = self.frames.used_and_retired();
-        // With fewer on their way than recycling leaves, it has more to do.
-        used < self.frames.quota() || self.frames.coming_back() < self.enough()
-    }
-
-    /// Frames on their way back at which recycling stops.
-    fn enough(&self) -> u32 {
-        (self.frames.quota() / 16).clamp(1, 16)
+        used < self.frames.quota() || self.frames.coming_back() == 0
     }
 
     /// Tears down pages that no fault has used lately and that are no vCPU's root, until some frames
     /// are on their way back. Returns the generation that they wait for.
     fn recycle(&self, guard: &Guard<'_>) -> Generation {
         let used = self.frames.high_water().max(1);
+        let enough = (self.frames.quota() / 16).clamp(1, 16);
         // Twice round: the first may find every page in use.
         for _ in 0..2 * u64::from(used) {
-            if self.frames.coming_back() >= self.enough() {
+            if self.frames.coming_back() >= enough {
                 break;
             }
             // Relaxed: several threads share the round.
