@@ -1,20 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The dirty log in all its forms: by write-protection and by dirty bits, taken, looked at and
-//! cleared, listed in rings, with pages pinned, and shared with vm-memory.
+//! cleared, listed in rings, and with pages pinned.
 
 mod common;
 
 use common::{Guest, MIB, PAGE, RWU, load, store};
 use mmu_core::addr::{Gpa, Gva};
-use mmu_core::memory::{
-    Backing, DirtyLog, DirtyMode, DirtyPage, DirtyRing, SlotConfig, SlotFlags, SlotId,
-    VmMemoryRegion, runs,
-};
+use mmu_core::memory::{DirtyMode, DirtyPage, DirtyRing, SlotFlags, SlotId, runs};
 use mmu_core::vcpu::{SoftExit, SoftVcpu};
 use mmu_core::{DirtyLogError, Mmu};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const SLOT: SlotId = SlotId(0);
 const WORDS: usize = 16;
@@ -175,33 +171,6 @@ fn a_page_pinned_for_writing_is_in_every_harvest() {
     drop((again, read));
     assert_eq!(harvest(&guest.mmu), [5], "once more after its release");
     assert_eq!(harvest(&guest.mmu), [0; 0]);
-}
-
-#[test]
-fn writes_of_the_vmm_and_of_the_guest_are_in_one_log() {
-    let ranges = [(GuestAddress(0), 4 << 20)];
-    let memory = Arc::new(GuestMemoryMmap::<DirtyLog>::from_ranges(&ranges).unwrap());
-    let guest = Guest::new(64 * MIB, 32 * MIB, 256, false);
-    let region = VmMemoryRegion::with_dirty_log(Arc::clone(&memory), GuestAddress(0)).unwrap();
-    let log = region.dirty_log().unwrap().clone();
-    let config = SlotConfig::new(1, Gpa(128 * MIB), Arc::new(region)).log_dirty();
-    guest.mmu.create_slot(config).unwrap();
-    guest.map(Gva(0x1000), Gpa(128 * MIB + 2 * PAGE), RWU);
-    let mut cpu = guest.vcpu();
-    store(&mut cpu, 0x1000, 7);
-    memory.write_obj(8u64, GuestAddress(3 * PAGE)).unwrap();
-    let seen: u64 = memory.read_obj(GuestAddress(2 * PAGE)).unwrap();
-    let mut bitmap = [0; WORDS];
-    assert_eq!(guest.mmu.dirty_log(SlotId(1), &mut bitmap), Ok(2));
-    assert_eq!((seen, bitmap[0], log.is_enabled()), (7, 0b1100, true));
-    memory.write_obj(9u64, GuestAddress(3 * PAGE)).unwrap();
-    // A slot that is refused leaves the log of the one that has the memory alone.
-    let other = VmMemoryRegion::with_dirty_log(Arc::clone(&memory), GuestAddress(0)).unwrap();
-    guest.mmu.create_slot(SlotConfig::new(2, Gpa(256 * MIB), Arc::new(other))).unwrap_err();
-    assert_eq!(guest.mmu.dirty_log(SlotId(1), &mut bitmap), Ok(1));
-    guest.mmu.delete_slot(SlotId(1)).unwrap();
-    memory.write_obj(9u64, GuestAddress(0)).unwrap();
-    assert!(!log.is_enabled());
 }
 
 /// A copy made by rounds of any kind of harvest, by two threads at once, while vCPUs write and the log

@@ -4,9 +4,11 @@
 
 mod common;
 
-use common::{Guest, PAGE, RWU, load};
+use common::{Guest, PAGE, RWU, load, store};
 use mmu_core::addr::{Gpa, Gva};
-use mmu_core::memory::{AllocatedMemory, RegionError, SlotConfig, SlotId, VmMemoryRegion, runs};
+use mmu_core::memory::{
+    AllocatedMemory, Backing, DirtyLog, RegionError, SlotConfig, SlotId, VmMemoryRegion, runs,
+};
 use mmu_core::paging::{Access, Regs, bits};
 use mmu_core::vcpu::AccessError;
 use mmu_core::{Config, Mmu};
@@ -178,6 +180,33 @@ fn writes_reach_the_log_and_the_shadow() {
     memory.read_slice(&mut [1; 2], at(2 * PAGE)).unwrap();
     assert_eq!(log()[..2], [0x20, 0x30]);
     assert!(!log().contains(&0x40));
+}
+
+#[test]
+fn writes_of_the_vmm_and_of_the_guest_are_in_one_log() {
+    let ranges = [(GuestAddress(0), 4 << 20)];
+    let memory = Arc::new(GuestMemoryMmap::<DirtyLog>::from_ranges(&ranges).unwrap());
+    let guest = Guest::new(64 * MIB, 32 * MIB, 256, false);
+    let region = VmMemoryRegion::with_dirty_log(Arc::clone(&memory), GuestAddress(0)).unwrap();
+    let log = region.dirty_log().unwrap().clone();
+    let config = SlotConfig::new(1, Gpa(128 * MIB), Arc::new(region)).log_dirty();
+    guest.mmu.create_slot(config).unwrap();
+    guest.map(Gva(0x1000), Gpa(128 * MIB + 2 * PAGE), RWU);
+    let mut cpu = guest.vcpu();
+    store(&mut cpu, 0x1000, 7);
+    memory.write_obj(8u64, GuestAddress(3 * PAGE)).unwrap();
+    let seen: u64 = memory.read_obj(GuestAddress(2 * PAGE)).unwrap();
+    let mut bitmap = [0; 16];
+    assert_eq!(guest.mmu.dirty_log(SlotId(1), &mut bitmap), Ok(2));
+    assert_eq!((seen, bitmap[0], log.is_enabled()), (7, 0b1100, true));
+    memory.write_obj(9u64, GuestAddress(3 * PAGE)).unwrap();
+    // A slot that is refused leaves the log of the one that has the memory alone.
+    let other = VmMemoryRegion::with_dirty_log(Arc::clone(&memory), GuestAddress(0)).unwrap();
+    guest.mmu.create_slot(SlotConfig::new(2, Gpa(256 * MIB), Arc::new(other))).unwrap_err();
+    assert_eq!(guest.mmu.dirty_log(SlotId(1), &mut bitmap), Ok(1));
+    guest.mmu.delete_slot(SlotId(1)).unwrap();
+    memory.write_obj(9u64, GuestAddress(0)).unwrap();
+    assert!(!log.is_enabled());
 }
 
 #[test]
