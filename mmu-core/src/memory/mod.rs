@@ -41,7 +41,7 @@ pub use slot::{DirtyMode, Slot, SlotConfig, SlotFlags, SlotId};
 pub use vm_memory::{RegionError, VmMemoryRegion};
 
 use crate::sync::epoch::{Guard, Handle};
-use crate::sync::{Backoff, Door, Limbo, Mutex, Published, lock};
+use crate::sync::{Backoff, CachePadded, Door, Limbo, Mutex, Published, lock};
 use std::sync::{Arc, Weak};
 
 /// The published map and its writer's side.
@@ -49,7 +49,8 @@ use std::sync::{Arc, Weak};
 /// Calls that publish must be serialised by the caller; readers need nothing.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    published: Published<MemoryMap>,
+    /// Apart from what writers need besides.
+    published: CachePadded<Published<MemoryMap>>,
     door: Door<MemoryMap>,
     old: Limbo<Arc<MemoryMap>>,
     /// Every map that somebody may still hold.
@@ -64,7 +65,7 @@ impl Memory {
     pub(crate) fn new() -> Self {
         let empty = Arc::new(MemoryMap::empty());
         Self {
-            published: Published::new(Arc::clone(&empty)),
+            published: Published::new(Arc::clone(&empty)).into(),
             door: Door::new(empty),
             old: Limbo::new(),
             history: Mutex::new(Vec::new()),

@@ -29,7 +29,8 @@ use super::stats::Stats;
 use crate::addr::Gva;
 use crate::sync::steps::{Held, What};
 use crate::sync::{
-    AtomicU32, AtomicU64, Door, Mutex, Ordering, fence, hint, lock, rule, thread_number,
+    AtomicU32, AtomicU64, CachePadded, Door, Mutex, Ordering, fence, hint, lock, rule,
+    thread_number,
 };
 use core::fmt;
 use std::sync::Arc;
@@ -111,7 +112,7 @@ pub(crate) struct VcpuState {
     /// The roots that it is counted for (R19), one more than each frame's number: for the audit.
     roots: [hint::AtomicU32; ROOTS],
     processor: Arc<dyn Processor>,
-    pub(crate) stats: Stats,
+    pub(crate) stats: CachePadded<Stats>,
 }
 
 impl VcpuState {
@@ -357,7 +358,7 @@ impl Flush {
             read: Default::default(),
             roots: Default::default(),
             processor,
-            stats: Stats::default(),
+            stats: CachePadded::default(),
         });
         {
             let _membership = lock(&self.membership);

@@ -12,7 +12,9 @@ use super::role::Key;
 use super::spte::Spte;
 use crate::addr::{ENTRIES, Machine, PAGE_SHIFT, PAGE_SIZE};
 use crate::memory::Backing;
-use crate::sync::{AtomicU32, AtomicU64, LazyArray, LocationSet, Ordering, hint, rule};
+use crate::sync::{
+    AtomicU32, AtomicU64, CachePadded, LazyArray, LocationSet, Ordering, hint, rule,
+};
 use core::fmt;
 use core::ptr::NonNull;
 use std::sync::Arc;
@@ -196,17 +198,30 @@ pub(crate) struct Frames {
     machine: Machine,
     count: u32,
     pages: LazyArray<ShadowPage>,
+    /// How many frames may be in use (R28).
+    quota: AtomicU32,
+    supply: CachePadded<Supply>,
+    retired: CachePadded<Retired>,
+}
+
+/// What an allocation changes.
+#[derive(Debug)]
+struct Supply {
+    /// Frames that are not free, those that wait to be free included.
+    used: AtomicU32,
     /// Frames at or above this number were never used.
     fresh: AtomicU32,
-    /// Frames that are not free, those that wait to be free included, and how many may be (R28).
-    used: AtomicU32,
-    quota: AtomicU32,
-    /// Of those used, the ones that were torn down.
-    retired: hint::AtomicU32,
-    /// Of those torn down, the ones that were some vCPU's root when last looked at.
-    held: hint::AtomicU32,
     free: FrameStack,
-    /// Retired frames whose grace period has passed.
+}
+
+/// What a page's end changes.
+#[derive(Debug)]
+struct Retired {
+    /// Frames in use whose pages were torn down.
+    count: hint::AtomicU32,
+    /// Of those, the ones that were some vCPU's root when last looked at.
+    held: hint::AtomicU32,
+    /// Those whose grace period has passed.
     graced: FrameStack,
 }
 
@@ -223,20 +238,24 @@ impl Frames {
             machine: memory.machine(),
             count,
             pages: LazyArray::new(count as usize),
-            fresh: AtomicU32::new(0),
-            used: AtomicU32::new(0),
             quota: AtomicU32::new(count),
-            retired: hint::AtomicU32::new(0),
-            held: hint::AtomicU32::new(0),
-            free: FrameStack::new(),
-            graced: FrameStack::new(),
+            supply: CachePadded::new(Supply {
+                used: AtomicU32::new(0),
+                fresh: AtomicU32::new(0),
+                free: FrameStack::new(),
+            }),
+            retired: CachePadded::new(Retired {
+                count: hint::AtomicU32::new(0),
+                held: hint::AtomicU32::new(0),
+                graced: FrameStack::new(),
+            }),
             memory,
         }
     }
 
     /// Frames used so far have numbers below this.
     pub(crate) fn high_water(&self) -> u32 {
-        self.fresh.load(Ordering::Relaxed)
+        self.supply.fresh.load(Ordering::Relaxed)
     }
 
     fn entries(&self) -> &[AtomicU64] {
@@ -280,13 +299,13 @@ impl Frames {
     /// Frames that are not free, and of these the ones that were torn down.
     pub(crate) fn used_and_retired(&self) -> (u32, u32) {
         // Relaxed: estimates for recycling and for people.
-        (self.used.load(Ordering::Relaxed), self.retired.load(Ordering::Relaxed))
+        (self.supply.used.load(Ordering::Relaxed), self.retired.count.load(Ordering::Relaxed))
     }
 
     /// Frames that will be free when processors and readers have forgotten them.
     pub(crate) fn coming_back(&self) -> u32 {
-        let held = self.held.load(Ordering::Relaxed);
-        self.retired.load(Ordering::Relaxed).saturating_sub(held)
+        let held = self.retired.held.load(Ordering::Relaxed);
+        self.retired.count.load(Ordering::Relaxed).saturating_sub(held)
     }
 
     /// How many frames may be used.
@@ -307,20 +326,20 @@ impl Frames {
         let quota = self.quota();
         if rule!(R28) {
             let within = |used: u32| (used < quota).then_some(used + 1);
-            self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).ok()?;
+            self.supply.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).ok()?;
         } else {
-            if self.used.load(Ordering::Relaxed) >= quota {
+            if self.supply.used.load(Ordering::Relaxed) >= quota {
                 return None;
             }
-            self.used.fetch_add(1, Ordering::Relaxed);
+            self.supply.used.fetch_add(1, Ordering::Relaxed);
         }
-        let frame = self.free.pop(&self.pages).or_else(|| {
+        let frame = self.supply.free.pop(&self.pages).or_else(|| {
             let fresh = |f: u32| (f < self.count).then_some(f + 1);
-            let frame = self.fresh.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fresh);
+            let frame = self.supply.fresh.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fresh);
             frame.ok().map(FrameId)
         });
         let Some(frame) = frame else {
-            self.used.fetch_sub(1, Ordering::Relaxed);
+            self.supply.used.fetch_sub(1, Ordering::Relaxed);
             return None;
         };
         for index in 0..ENTRIES {
@@ -351,8 +370,8 @@ impl Frames {
 
     /// Gives back a frame that was allocated and never claimed.
     pub(crate) fn release(&self, frame: FrameId) {
-        self.free.push(&self.pages, frame);
-        self.used.fetch_sub(1, Ordering::Relaxed);
+        self.supply.free.push(&self.pages, frame);
+        self.supply.used.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Retires the page: its frame may be reused once `generation` is drained by every processor.
@@ -360,14 +379,14 @@ impl Frames {
     pub(crate) fn retire(&self, frame: FrameId, generation: Generation) {
         let page = self.page(frame);
         page.retired.store(generation.0, Ordering::Relaxed);
-        self.retired.fetch_add(1, Ordering::Relaxed);
+        self.retired.count.fetch_add(1, Ordering::Relaxed);
         // Release: pairs with the Acquire in `reclaim` through the list; the state is for audits.
         page.state.store(state::RETIRED, Ordering::Release);
     }
 
     /// Called when every read section that was open at [`Frames::retire`] has ended.
     pub(crate) fn grace_passed(&self, frame: FrameId) {
-        self.graced.push(&self.pages, frame);
+        self.retired.graced.push(&self.pages, frame);
     }
 
     /// Frees the retired frames that no processor remembers: those whose generation `drained`
@@ -379,7 +398,7 @@ impl Frames {
         let mut waits = None;
         let mut keep = Vec::new();
         let mut held = 0;
-        while let Some(frame) = self.graced.pop(&self.pages) {
+        while let Some(frame) = self.retired.graced.pop(&self.pages) {
             let page = self.page(frame);
             let generation = Generation(page.retired.load(Ordering::Relaxed));
             // Acquire pairs with the Release of the vCPU that gave the root up (R19).
@@ -394,13 +413,13 @@ impl Frames {
                 continue;
             }
             page.state.store(state::FREE, Ordering::Relaxed);
-            self.free.push(&self.pages, frame);
-            self.retired.fetch_sub(1, Ordering::Relaxed);
-            self.used.fetch_sub(1, Ordering::Relaxed);
+            self.supply.free.push(&self.pages, frame);
+            self.retired.count.fetch_sub(1, Ordering::Relaxed);
+            self.supply.used.fetch_sub(1, Ordering::Relaxed);
         }
-        self.held.store(held, Ordering::Relaxed);
+        self.retired.held.store(held, Ordering::Relaxed);
         for frame in keep {
-            self.graced.push(&self.pages, frame);
+            self.retired.graced.push(&self.pages, frame);
         }
         waits
     }

@@ -58,7 +58,8 @@ use crate::addr::{ENTRIES, Gfn, Gva, INDEX_BITS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle, Pool};
 use crate::sync::{
-    AtomicU64, ConcurrentMap, Mutex, Ordering, Sequence, fence, hint, lock, rule, unique,
+    AtomicU64, CachePadded, ConcurrentMap, Mutex, Ordering, Sequence, fence, hint, lock, rule,
+    unique,
 };
 use around::Windows;
 use core::cell::Cell;
@@ -74,7 +75,7 @@ pub(crate) struct Engine {
     pub(crate) memory: Memory,
     pub(crate) collector: Collector,
     /// For calls that belong to no vCPU.
-    pub(crate) handles: Pool,
+    pub(crate) handles: CachePadded<Pool>,
     pub(crate) flush: Flush,
     frames: Arc<Frames>,
     /// Live shadow pages by (gfn, role).
@@ -83,16 +84,16 @@ pub(crate) struct Engine {
     /// Numbers the pages that stand for PDPTE registers.
     registers: AtomicU64,
     /// Serialises the writers of the memory map.
-    writer: Mutex<()>,
+    writer: CachePadded<Mutex<()>>,
     /// Where the local APICs of vCPUs answer, a frame for each vCPU that has said so. Locked after
     /// `writer`.
     apics: Mutex<Vec<Gfn>>,
     /// Where recycling looks next.
-    hand: hint::AtomicU32,
+    hand: CachePadded<hint::AtomicU32>,
     /// Counts the times that everything was zapped: pages made before are obsolete.
     shadow_generation: AtomicU64,
     /// The round of obsolete pages: next frame in the low half, end in the high half.
-    sweep: AtomicU64,
+    sweep: CachePadded<AtomicU64>,
     /// vCPUs that exist, by the number of their [`Context`].
     seats: Mutex<Vec<bool>>,
     /// Locked after `seats`.
@@ -105,7 +106,7 @@ pub(crate) struct Engine {
     /// Nothing else in this process has it.
     id: u64,
     /// Counts of what no vCPU did.
-    pub(crate) stats: Stats,
+    pub(crate) stats: CachePadded<Stats>,
     /// Counts of vCPUs that are gone.
     pub(crate) past: Mutex<StatsSnapshot>,
 }
@@ -153,25 +154,25 @@ impl Engine {
     pub(crate) fn new(tables: Arc<dyn Backing>, shape: Shape, collector: Collector) -> Self {
         Self {
             memory: Memory::new(),
-            handles: Pool::new(collector.clone()),
+            handles: Pool::new(collector.clone()).into(),
             collector,
             flush: Flush::new(),
             frames: Arc::new(Frames::new(tables)),
             pages: ConcurrentMap::new(),
             shape,
             registers: AtomicU64::new(0),
-            writer: Mutex::new(()),
+            writer: Mutex::new(()).into(),
             apics: Mutex::new(Vec::new()),
-            hand: hint::AtomicU32::new(0),
+            hand: hint::AtomicU32::new(0).into(),
             shadow_generation: AtomicU64::new(0),
-            sweep: AtomicU64::new(0),
+            sweep: AtomicU64::new(0).into(),
             quota: Mutex::new(Quota::default()),
             invalidating: AtomicU64::new(0),
             invalidated: AtomicU64::new(0),
             patches: Sequence::new(),
             id: unique(),
             seats: Mutex::new(Vec::new()),
-            stats: Stats::default(),
+            stats: CachePadded::default(),
             past: Mutex::new(StatsSnapshot::default()),
         }
     }

@@ -32,6 +32,8 @@ mod threads;
 mod wide;
 
 pub(crate) use chunks::LazyArray;
+/// In cache lines of its own: what some threads write while others use what lies beside it.
+pub(crate) use crossbeam_utils::CachePadded;
 pub(crate) use door::Door;
 pub(crate) use limbo::{Life, Limbo, Published, Snapshot};
 pub(crate) use map::ConcurrentMap;
