@@ -62,10 +62,10 @@ pub(crate) struct View<'m> {
 const TURNS: usize = 4;
 
 /// Remembers where the last look-ups ended, so that the next ones in the same stretches cost an add
-/// and a compare each. A vCPU's also knows its dirty ring. Belongs to one reader.
+/// and a compare each, and after a change of the map elsewhere little more. A vCPU's also knows its dirty ring. Belongs to one reader.
 #[derive(Clone, Debug, Default)]
 pub struct Hint {
-    /// The map that it was left by.
+    /// The map that it was last used with.
     map: Cell<u64>,
     last: [Last; TURNS],
     ring: Option<Arc<DirtyRing>>,
@@ -85,7 +85,20 @@ impl Default for Last {
     }
 }
 
-// SAFETY: the pointers are used only while the map that left them is borrowed.
+impl Last {
+    #[inline]
+    fn has(&self, gfn: Gfn) -> bool {
+        gfn.0.wrapping_sub(self.start.get()) < self.pages.get()
+    }
+
+    fn overlaps(&self, frames: &Range<u64>) -> bool {
+        let start = self.start.get();
+        start < frames.end && frames.start < start + self.pages.get()
+    }
+}
+
+// SAFETY: the pointers are used only while a map that has their memory is borrowed: the one that left
+// them, or one made from it that has lost nothing of theirs.
 unsafe impl Send for Hint {}
 
 impl Hint {
@@ -99,11 +112,23 @@ impl Hint {
     }
 }
 
-/// An immutable map from guest-physical memory to memslots.
+/// What a [`Hint`] needs to know of a map.
 #[derive(Debug)]
-pub struct MemoryMap {
+struct Origin {
     /// No other map in this process has it.
     id: u64,
+    /// The map that this one was made from, and the guest frames at which it has not the same memory.
+    /// Where that one had none this one may have some.
+    from: u64,
+    lost: Range<u64>,
+}
+
+/// An immutable map from guest-physical memory to memslots.
+#[derive(Debug)]
+// Not in a cache line with the counts of its `Arc`, which writers change.
+#[repr(align(64))]
+pub struct MemoryMap {
+    origin: Origin,
     /// By guest frame, with aliases resolved.
     places: Ranges<Place>,
     generation: u64,
@@ -128,6 +153,9 @@ impl Snapshot for MemoryMap {
     }
 }
 
+/// Every guest frame.
+const ANY: Range<u64> = 0..u64::MAX;
+
 fn frames(slot: &Slot) -> Range<u64> {
     slot.base().0..slot.base().0 + slot.pages()
 }
@@ -143,8 +171,9 @@ fn number(id: SlotId) -> Range<u64> {
 
 impl MemoryMap {
     pub(super) fn empty() -> Self {
+        let id = unique();
         Self {
-            id: unique(),
+            origin: Origin { id, from: id, lost: 0..0 },
             places: Ranges::default(),
             generation: 0,
             slots: Ranges::default(),
@@ -193,6 +222,7 @@ impl MemoryMap {
             self.by_id.insert(number(id), slot),
             &self.aliases,
             pages,
+            0..0,
         ))
     }
 
@@ -212,13 +242,21 @@ impl MemoryMap {
         let slots = self.slots.remove(slot.base().0);
         let by_id = self.by_id.remove(u64::from(id.0));
         let pages = self.pages - slot.pages();
-        Ok((self.next(slots, self.by_machine.clone(), by_id, &self.aliases, pages), slot))
+        let by_machine = self.by_machine.clone();
+        Ok((self.next(slots, by_machine, by_id, &self.aliases, pages, self.named(&slot)), slot))
     }
 
     /// The map in which machine look-ups miss the slot as well.
     pub(crate) fn forgetting(&self, slot: &Slot) -> Self {
         let by_machine = self.by_machine.remove(machine_frames(slot.region()).start);
-        self.next(self.slots.clone(), by_machine, self.by_id.clone(), &self.aliases, self.pages)
+        self.next(
+            self.slots.clone(),
+            by_machine,
+            self.by_id.clone(),
+            &self.aliases,
+            self.pages,
+            0..0,
+        )
     }
 
     /// The map with the slot at another place.
@@ -226,17 +264,17 @@ impl MemoryMap {
         let old = self.by_id(id).ok_or(SlotError::NoSuchSlot(id))?;
         let slot = old.at(base)?;
         self.check_overlap(&slot)?;
-        Ok(self.replacing(slot))
+        Ok(self.replacing(slot, self.named(old)))
     }
 
     /// The map with the slot's flags changed.
     pub(crate) fn flagged(&self, id: SlotId, flags: SlotFlags) -> Result<Self, SlotError> {
         let old = self.by_id(id).ok_or(SlotError::NoSuchSlot(id))?;
-        Ok(self.replacing(old.with_flags(flags)))
+        Ok(self.replacing(old.with_flags(flags), 0..0))
     }
 
-    /// The map with this slot in the place of the one with its number.
-    fn replacing(&self, slot: Slot) -> Self {
+    /// The map with this slot in the place of the one with its number. `lost` as in [`Origin`].
+    fn replacing(&self, slot: Slot, lost: Range<u64>) -> Self {
         let slot = Arc::new(slot);
         let id = number(slot.id());
         let old = self.by_id.get(id.start).map_or(slot.base(), |(old, _)| old.base());
@@ -248,7 +286,13 @@ impl MemoryMap {
             self.by_id.remove(id.start).insert(id, slot),
             &self.aliases,
             self.pages,
+            lost,
         )
+    }
+
+    /// Guest frames outside which nothing shows the slot's memory.
+    fn named(&self, slot: &Slot) -> Range<u64> {
+        if self.aliases.is_empty() { frames(slot) } else { ANY }
     }
 
     /// The map with the alias set.
@@ -282,7 +326,7 @@ impl MemoryMap {
 
     fn with_aliases(&self, aliases: &Arc<[Alias]>) -> Self {
         let (slots, by_machine) = (self.slots.clone(), self.by_machine.clone());
-        self.next(slots, by_machine, self.by_id.clone(), aliases, self.pages)
+        self.next(slots, by_machine, self.by_id.clone(), aliases, self.pages, ANY)
     }
 
     fn next(
@@ -292,9 +336,10 @@ impl MemoryMap {
         by_id: Ranges<Arc<Slot>>,
         aliases: &Arc<[Alias]>,
         pages: u64,
+        lost: Range<u64>,
     ) -> Self {
         Self {
-            id: unique(),
+            origin: Origin { id: unique(), from: self.origin.id, lost },
             places: resolve(&slots, aliases),
             generation: self.generation + 1,
             slots,
@@ -407,20 +452,27 @@ impl MemoryMap {
     pub(crate) fn view(&self, gfn: Gfn, hint: &Hint, turn: usize) -> Option<View<'_>> {
         self.life.check();
         let last = &hint.last[turn % TURNS];
-        if hint.map.get() != self.id || gfn.0.wrapping_sub(last.start.get()) >= last.pages.get() {
+        if hint.map.get() != self.origin.id || !last.has(gfn) {
             self.remember(gfn, hint, turn)?;
         }
-        // SAFETY: the stretch was left by this map.
+        // SAFETY: the stretch was left by this map, or by the one it was made from, and has not been
+        // lost since.
         Some(unsafe { View::new(last.start.get(), last.pages.get(), last.words.get()) })
     }
 
     #[inline(never)]
     fn remember(&self, gfn: Gfn, hint: &Hint, turn: usize) -> Option<()> {
-        let (range, place) = self.places.range_of(gfn.0)?;
-        if hint.map.replace(self.id) != self.id {
-            hint.last.iter().for_each(|last| last.pages.set(0));
+        let Origin { id, from, lost } = &self.origin;
+        let left_by = hint.map.replace(*id);
+        if left_by != *id {
+            let stays = |last: &Last| left_by == *from && !last.overlaps(lost);
+            hint.last.iter().filter(|last| !stays(last)).for_each(|last| last.pages.set(0));
         }
         let last = &hint.last[turn % TURNS];
+        if last.has(gfn) {
+            return Some(());
+        }
+        let (range, place) = self.places.range_of(gfn.0)?;
         last.start.set(range.start);
         last.pages.set(range.end - range.start);
         last.words.set(place.words);
@@ -610,6 +662,86 @@ mod tests {
         assert_eq!(m.write(Gpa(0x2ffe), &bytes, None), 2);
         assert_eq!(m.read(Gpa(0x2ffe), &mut [0; 9]), 2);
         assert_eq!(m.read(Gpa(0x3000), &mut [0; 9]), 0);
+    }
+
+    #[test]
+    fn hints_stand_as_long_as_what_they_name() {
+        let maps = [map(&[(0, 0, 0x4000), (1, 0x8000, 0x4000)])];
+        let hint = Hint::default();
+        let look = |map: &MemoryMap| {
+            for (turn, gfn) in [(0, Gfn(1)), (1, Gfn(9))] {
+                let view = map.view(gfn, &hint, turn).map(|v| (v.base, v.words.as_ptr()));
+                let fresh = map.view_unhinted(gfn).map(|v| (v.base, v.words.as_ptr()));
+                assert_eq!(view, fresh);
+            }
+        };
+        // What the second turn still has when the first has gone to a new map.
+        let left = |map: &MemoryMap| {
+            map.view(Gfn(1), &hint, 0);
+            hint.last[1].pages.get()
+        };
+        look(&maps[0]);
+        let [old] = maps;
+        let more = old.with(slot(2, 0x10000, 0x1000)).unwrap();
+        assert_eq!(left(&more), 4);
+        let (fewer, _) = more.hiding(SlotId(2)).unwrap();
+        assert_eq!(left(&fewer), 4);
+        let flags = SlotFlags { read_only: true, ..SlotFlags::default() };
+        let flagged = fewer.flagged(SlotId(1), flags).unwrap();
+        assert_eq!(left(&flagged), 4);
+        // Not the map's parent, nor one that it was made from long ago.
+        assert_eq!((left(&old), left(&flagged)), (0, 0));
+        look(&flagged);
+        let moved = flagged.moving(SlotId(1), Gpa(0x9000)).unwrap();
+        assert_eq!(left(&moved), 0);
+        look(&moved);
+        let alias = Alias { number: 0, base: Gpa(0x20000), size: 0x1000, target: Gpa(0x9000) };
+        let aliased = moved.with_alias(alias).unwrap();
+        assert_eq!(left(&aliased), 0);
+        look(&aliased);
+        // What an alias shows goes with its slot.
+        assert!(aliased.view(Gfn(0x20), &hint, 1).is_some());
+        let (hidden, _) = aliased.hiding(SlotId(1)).unwrap();
+        assert_eq!(left(&hidden), 0);
+        assert!(hidden.view(Gfn(0x20), &hint, 1).is_none());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_hint_never_says_otherwise_than_a_look_up(
+            steps in proptest::collection::vec((0..9u8, 0..4u32, 0..12u64, 0..12u64), 1..80),
+        ) {
+            let mut maps = vec![map(&[(0, 0, 0x2000), (1, 0x4000, 0x1000)])];
+            let hint = Hint::default();
+            for (kind, number, at, other) in steps {
+                let (now, base, id) = (&maps[maps.len() - 1], Gpa(at << 12), SlotId(number));
+                let next = match kind {
+                    0 => now.with(slot(number, base.0, (other % 3 + 1) << 12)).ok(),
+                    1 => now.hiding(id).ok().map(|(map, slot)| map.forgetting(&slot)),
+                    2 => now.moving(id, base).ok(),
+                    3 => now.flagged(id, SlotFlags { read_only: at > 5, ..Default::default() }).ok(),
+                    4 => {
+                        let (size, target) = ((number as u64 + 1) << 12, Gpa(other << 12));
+                        now.with_alias(Alias { number, base, size, target }).ok()
+                    }
+                    5 => now.without_alias(number).ok(),
+                    _ => None,
+                };
+                maps.extend(next);
+                // Mostly the newest, now and then a reader of an old one.
+                let back = if kind == 6 { number as usize } else { 0 };
+                let map = &maps[maps.len().saturating_sub(1 + back)];
+                for (turn, gfn) in [at, other, at + 1].into_iter().enumerate() {
+                    let place = |view: View<'_>| (view.base, view.words.as_ptr(), view.words.len());
+                    let hinted = map.view(Gfn(gfn), &hint, turn).map(place);
+                    let word = |(base, words, _): (Gpa, *const AtomicU64, _)| {
+                        words.wrapping_add((gfn - base.gfn().0) as usize * PAGE_WORDS)
+                    };
+                    let fresh = map.view_unhinted(Gfn(gfn)).map(place);
+                    proptest::prop_assert_eq!(hinted.map(word), fresh.map(word));
+                }
+            }
+        }
     }
 
     #[test]
