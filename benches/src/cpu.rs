@@ -103,7 +103,7 @@ pub fn together<T: Send>(work: Vec<Work<'_, T>>) -> Result<Together<T>, Failure>
 }
 
 /// How often the calling thread has lost its processor without waiting for anything.
-fn preemptions() -> i64 {
+pub fn preemptions() -> i64 {
     #[cfg(target_os = "linux")]
     {
         // SAFETY: numbers; zero is one.

@@ -17,6 +17,7 @@ mod regime;
 mod report;
 mod rows;
 mod stats;
+mod steps;
 
 use clap::Parser;
 use figure::{Found, Outcome, Row};

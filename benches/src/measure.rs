@@ -51,6 +51,11 @@ impl Samples {
         Ok(self.of(over)?.iter().zip(self.of(under)?).map(|(a, b)| a / b).collect())
     }
 
+    /// These variants, as far as there are any.
+    pub fn only(&self, names: &[&str]) -> Self {
+        Self(self.0.iter().filter(|(name, _)| names.contains(name)).cloned().collect())
+    }
+
     /// Each variant.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, &[f64])> {
         self.0.iter().map(|(name, of)| (*name, &of[..]))
@@ -160,6 +165,9 @@ mod tests {
         assert_eq!(samples.ratios("a", "b").unwrap(), [1.0; 3]);
         assert_eq!(order.borrow()[..], ["a", "b", "b", "a", "b", "a", "a", "b"]);
         assert!(samples.of("c").is_err());
+        let only = samples.only(&["b", "c"]);
+        assert_eq!(only.of("b").unwrap(), samples.of("b").unwrap());
+        assert!(only.of("a").is_err());
     }
 
     #[test]

@@ -19,6 +19,7 @@ use mmu_core::memory::Backing;
 use mmu_core::paging::bits;
 use mmu_core::{Config, Mmu};
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -125,9 +126,11 @@ trait Runs {
     fn forget(&mut self, stored: &[u64]) -> Result<(), Failure>;
 }
 
-/// A guest and what it has done.
+/// A guest and what it has done; or one of its vCPUs.
 struct Guest<R> {
     shape: Shape,
+    /// The pages that are its to store to.
+    own: Range<u64>,
     memory: Memory,
     runs: R,
     /// Passes so far, from which follows what they store.
@@ -138,32 +141,40 @@ struct Guest<R> {
 
 impl<R: Runs> Guest<R> {
     /// Runs the program once on everything, so that what it consists of is mapped.
-    fn ready(shape: Shape, memory: Memory, runs: R) -> Result<Self, Failure> {
-        let mut guest = Self { shape, memory, runs, passes: 0, last: Vec::new() };
-        let all: Vec<_> = (0..shape.pages).collect();
+    fn ready(shape: Shape, own: Range<u64>, memory: Memory, runs: R) -> Result<Self, Failure> {
+        let all: Vec<_> = own.clone().collect();
+        let mut guest = Self { shape, own, memory, runs, passes: 0, last: Vec::new() };
         guest.first_stores(&all)?;
         Ok(guest)
     }
 
     /// How much longer stores to these pages take if each is the first than if none is.
     fn first_stores(&mut self, pages: &[u64]) -> Result<Duration, Failure> {
+        self.forget(pages)?;
+        let first = self.stores()?;
+        let again = self.stores()?;
+        Ok(first.saturating_sub(again))
+    }
+
+    /// These pages are the next to be stored to, and no store has been the first.
+    fn forget(&mut self, pages: &[u64]) -> Result<(), Failure> {
         for (n, page) in pages.iter().enumerate() {
             let gva = self.shape.gva(*page) + Shape::offset(*page);
-            let at = self.shape.pages * PAGE + PAGE + n as u64 * 8;
+            let at = self.shape.pages * PAGE + PAGE + (self.own.start + n as u64) * 8;
             self.memory.word(at).store(gva, Ordering::Relaxed);
         }
         self.runs.forget(&self.last)?;
         self.last = pages.to_vec();
-        let first = self.stores(pages)?;
-        let again = self.stores(pages)?;
-        Ok(first.saturating_sub(again))
+        Ok(())
     }
 
-    fn stores(&mut self, pages: &[u64]) -> Result<Duration, Failure> {
+    fn stores(&mut self) -> Result<Duration, Failure> {
         self.passes += 1;
+        let pages = &self.last;
         let tag = self.passes << 48;
         let mut regs = Regs { rip: CODE, ..Regs::default() };
-        (regs.gpr[RAX], regs.gpr[RBX], regs.gpr[RCX]) = (tag, LIST, pages.len() as u64);
+        (regs.gpr[RAX], regs.gpr[RCX]) = (tag, pages.len() as u64);
+        regs.gpr[RBX] = LIST + self.own.start * 8;
         let start = thread_time();
         self.runs.run(&regs)?;
         let elapsed = thread_time().saturating_sub(start);
@@ -183,13 +194,13 @@ impl<R: Runs> Guest<R> {
             let expected = self.shape.gva(*page) + Shape::offset(*page) + tag;
             word.load(Ordering::Relaxed) == expected
         };
-        (0..self.shape.pages).filter(stored).count() as u64
+        self.own.clone().filter(stored).count() as u64
     }
 }
 
-/// A machine with one vCPU and this memory.
-fn machine(memory: &Memory, frames: u64) -> Result<Arc<KvmMachine>, Failure> {
-    let machine = KvmMachine::new(1, frames as u32).map_err(Failure::in_step("machine"))?;
+/// A machine with this memory.
+fn machine(memory: &Memory, vcpus: usize, frames: u64) -> Result<Arc<KvmMachine>, Failure> {
+    let machine = KvmMachine::new(vcpus, frames as u32).map_err(Failure::in_step("machine"))?;
     let backing = memory.backing();
     let (host, size) = (NonNull::from(backing.words()).cast(), backing.size());
     // SAFETY: the owner keeps the memory, which is only ever lent as atomics.
@@ -272,7 +283,7 @@ impl Served {
         let leaf = |n| FIRST + n * 512 * PAGE;
         let tables: Vec<_> =
             (0..shape.leaf_tables()).map(|n| memory.leaf_table(root, leaf(n))).collect();
-        let machine = machine(&memory, tables.len() as u64 + 512)?;
+        let machine = machine(&memory, 1, tables.len() as u64 + 512)?;
         let (index, entry) = machine.stub_root_entry();
         let config = Config::new(Arc::new(Tables::new(machine.tables())));
         let mmu = memory.engine_of(config.reserve_root_entry(index, entry))?;
@@ -280,7 +291,7 @@ impl Served {
         let cpu = KvmCpu::new(&mmu, vcpu, regs(root), Watch::default());
         let cpu = cpu.map_err(Failure::in_step("vCPU"))?;
         let runs = Engine { mmu, cpu, memory: memory.clone(), tables };
-        Ok(Self { guest: Guest::ready(shape, memory, runs)? })
+        Ok(Self { guest: Guest::ready(shape, 0..shape.pages, memory, runs)? })
     }
 
     /// How long first stores to these pages take, for all, and what the engine did meanwhile.
@@ -313,7 +324,7 @@ pub enum Leaves {
     Stored,
 }
 
-/// A guest on tables that nobody changes but by [`Leaves`].
+/// A guest on tables that nobody changes but by [`Leaves`]; or one of its vCPUs.
 pub struct Plain {
     guest: Guest<Tabled>,
 }
@@ -324,7 +335,7 @@ struct Tabled {
     shape: Shape,
     leaves: Leaves,
     /// Offset in the tables, and value, of the entry of each page.
-    entries: Vec<(u64, u64)>,
+    entries: Arc<[(u64, u64)]>,
     faults: u64,
 }
 
@@ -383,10 +394,16 @@ impl Runs for Tabled {
 impl Plain {
     /// With tables that map every page.
     pub fn new(shape: Shape, leaves: Leaves) -> Result<Self, Failure> {
+        let mut vcpus = Self::several(shape, leaves, 1)?;
+        vcpus.pop().ok_or_else(|| Failure::new("no vCPU"))
+    }
+
+    /// The vCPUs of such a guest, which share the pages out.
+    pub fn several(shape: Shape, leaves: Leaves, vcpus: usize) -> Result<Vec<Self>, Failure> {
         let memory = shape.memory();
-        let machine = machine(&memory, shape.leaf_tables() + 16)?;
+        let machine = machine(&memory, vcpus, shape.leaf_tables() + 16)?;
         let arena = machine.tables();
-        let (at, tables) = (arena.machine(), Tables::new(arena));
+        let (at, tables) = (arena.machine(), Tables::new(arena.clone()));
         let (index, stub) = machine.stub_root_entry();
         tables.words()[index].store(stub, Ordering::Relaxed);
         // The root is frame 0.
@@ -410,10 +427,32 @@ impl Plain {
                 entries.push((offset, value));
             }
         }
-        let mut vcpu = machine.vcpu(0).map_err(Failure::in_step("vCPU"))?;
-        vcpu.set_root(at).map_err(Failure::in_step("root"))?;
-        let runs = Tabled { tables, vcpu, shape, leaves, entries, faults: 0 };
-        Ok(Self { guest: Guest::ready(shape, memory, runs)? })
+        let (entries, share) = (Arc::from(entries), shape.pages / vcpus as u64);
+        let plain = |n| {
+            let mut vcpu = machine.vcpu(n).map_err(Failure::in_step("vCPU"))?;
+            vcpu.set_root(at).map_err(Failure::in_step("root"))?;
+            let (tables, entries) = (Tables::new(arena.clone()), Arc::clone(&entries));
+            let runs = Tabled { tables, vcpu, shape, leaves, entries, faults: 0 };
+            let own = n as u64 * share..(n as u64 + 1) * share;
+            Ok(Self { guest: Guest::ready(shape, own, memory.clone(), runs)? })
+        };
+        (0..vcpus).map(plain).collect()
+    }
+
+    /// Its pages.
+    pub fn pages(&self) -> Range<u64> {
+        self.guest.own.clone()
+    }
+
+    /// The next stores to its pages are the first.
+    pub fn forget(&mut self) -> Result<(), Failure> {
+        let own: Vec<_> = self.pages().collect();
+        self.guest.forget(&own)
+    }
+
+    /// Stores to its pages.
+    pub fn stores(&mut self) -> Result<(), Failure> {
+        self.guest.stores().map(drop)
     }
 
     /// How long first stores to these pages take, for all.
@@ -485,6 +524,22 @@ mod tests {
         let mut guest = Plain::new(DENSE, Leaves::Stay).unwrap();
         guest.first_stores(&[3, 1023, 500]).unwrap();
         guest.verify(3).unwrap();
+    }
+
+    #[test]
+    fn vcpus_of_one_guest_store_to_their_own_pages() {
+        if !here() {
+            return;
+        }
+        let mut vcpus = Plain::several(SPARSE, Leaves::Stay, 4).unwrap();
+        for vcpu in &mut vcpus {
+            vcpu.forget().unwrap();
+            vcpu.stores().unwrap();
+        }
+        for (n, vcpu) in vcpus.iter().enumerate() {
+            assert_eq!(vcpu.pages(), n as u64 * 32..(n as u64 + 1) * 32);
+            vcpu.verify(32).unwrap();
+        }
     }
 
     #[test]

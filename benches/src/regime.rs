@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The same engine under three regimes of locking.
 //!
-//! | regime | a walk | a fault, an emulated write | a change of the memory map |
-//! | --- | --- | --- | --- |
-//! | `rcu` | is in a read section and loads the published map | as the engine does it | as the engine does it |
-//! | `rwlock` | holds the lock for reading | holds it for writing | holds it for writing |
-//! | `mutex` | holds the lock | holds the lock | holds the lock |
+//! | regime | a walk | a load through a software TLB | a fault, an emulated write | a change of the memory map |
+//! | --- | --- | --- | --- | --- |
+//! | `rcu` | is in a read section and loads the published map | as the engine does it | as the engine does it | as the engine does it |
+//! | `rwlock` | holds the lock for reading | holds it for reading | holds it for writing | holds it for writing |
+//! | `mutex` | holds the lock | holds the lock | holds the lock | holds the lock |
 //!
 //! The operations are the engine's own in all three. Walks under a lock are spared the pin: the
 //! lock protects a handle to the map, which whoever changes the map replaces before letting go.
@@ -75,6 +75,19 @@ impl Vm {
     /// The engine, for what is not measured.
     pub fn mmu(&self) -> &Mmu {
         &self.mmu
+    }
+
+    /// Uses of what faults have derived.
+    #[inline]
+    pub fn shared<T>(&self, operation: impl FnOnce() -> T) -> T {
+        match &self.gate {
+            Gate::Rcu => operation(),
+            Gate::Rwlock(lock) => {
+                let _held = lock.read().unwrap_or_else(PoisonError::into_inner);
+                operation()
+            }
+            Gate::Mutex(_) => self.exclusive(operation),
+        }
     }
 
     /// A fault, or a guest's write to its page tables.

@@ -5,7 +5,7 @@
 //! more tables than the guest has: the old ones are torn down, freed and used again by the faults that
 //! need them, and a vCPU that is out of frames waits for the others.
 
-use super::lanes::{Crowd, Ids, each, fault, ids, measure, resume};
+use super::lanes::{Crowd, Ids, Sampled, each, fault, ids, measure, resume};
 use crate::cpu::{Work, together};
 use crate::figure::{Failure, Found, check_eq};
 use crate::guest::{MIB, Memory, PAGE, regs};
@@ -68,24 +68,7 @@ impl Setup {
     }
 }
 
-impl Crowd for Setup {
-    type Work = ();
-
-    fn one((): (), regime: Regime, lanes: usize) -> Result<Self, Failure> {
-        let (vm, made) = Self::vm(regime, lanes as u64, TABLES / lanes as u64)?;
-        Ok(Self { vms: vec![vm], lanes: RefCell::new(made) })
-    }
-
-    fn private((): (), lanes: usize) -> Result<Self, Failure> {
-        let (mut vms, mut all) = (Vec::new(), Vec::new());
-        for _ in 0..lanes {
-            let (vm, made) = Self::vm(Regime::Rcu, 1, TABLES / lanes as u64)?;
-            vms.push(vm);
-            all.extend(made);
-        }
-        Ok(Self { vms, lanes: RefCell::new(all) })
-    }
-
+impl Sampled for Setup {
     fn calibrate(&self, effort: &Effort) -> Result<u64, Failure> {
         let lane = &mut self.lanes.borrow_mut()[0];
         calibrate(effort, || {
@@ -123,12 +106,31 @@ impl Crowd for Setup {
     }
 }
 
+impl Crowd for Setup {
+    type Work = ();
+
+    fn one((): (), regime: Regime, lanes: usize) -> Result<Self, Failure> {
+        let (vm, made) = Self::vm(regime, lanes as u64, TABLES / lanes as u64)?;
+        Ok(Self { vms: vec![vm], lanes: RefCell::new(made) })
+    }
+
+    fn private((): (), lanes: usize) -> Result<Self, Failure> {
+        let (mut vms, mut all) = (Vec::new(), Vec::new());
+        for _ in 0..lanes {
+            let (vm, made) = Self::vm(Regime::Rcu, 1, TABLES / lanes as u64)?;
+            vms.push(vm);
+            all.extend(made);
+        }
+        Ok(Self { vms, lanes: RefCell::new(all) })
+    }
+}
+
 /// The figures of these vCPUs.
 pub const IDS: &Ids = ids!("Z1");
 
 /// Measures them.
 pub fn run(effort: &Effort) -> Result<Found, Failure> {
-    measure::<Setup>(effort, (), IDS, each!("vCPUs make the shadow anew after zap_all"), None)
+    measure::<Setup>(effort, (), IDS, each!("make the shadow anew after zap_all"), None)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 //! enter the guest, which makes it drain what it was asked to. The regime's lock is held for each fault,
 //! each emulated store and each INVLPG, and for nothing else.
 
-use super::lanes::{Crowd, Ids, each, fault, ids, measure, resume};
+use super::lanes::{Crowd, Ids, Sampled, Whats, each, fault, ids, measure, resume};
 use crate::cpu::{Work, together};
 use crate::figure::{Failure, Found, Goal, Row, check_eq};
 use crate::guest::{LEAF, MIB, Memory, PAGE, regs};
@@ -184,24 +184,7 @@ impl Setup {
     }
 }
 
-impl Crowd for Setup {
-    type Work = (Layout, Kind);
-
-    fn one((layout, kind): Self::Work, regime: Regime, lanes: usize) -> Result<Self, Failure> {
-        let (vm, lanes) = Self::vm(layout, kind, regime, lanes as u64)?;
-        Ok(Self { vms: vec![vm], lanes: RefCell::new(lanes), layout })
-    }
-
-    fn private((layout, kind): Self::Work, lanes: usize) -> Result<Self, Failure> {
-        let (mut vms, mut all) = (Vec::new(), Vec::new());
-        for _ in 0..lanes {
-            let (vm, lanes) = Self::vm(layout, kind, Regime::Rcu, 1)?;
-            vms.push(vm);
-            all.extend(lanes);
-        }
-        Ok(Self { vms, lanes: RefCell::new(all), layout })
-    }
-
+impl Sampled for Setup {
     fn calibrate(&self, effort: &Effort) -> Result<u64, Failure> {
         let lane = &mut self.lanes.borrow_mut()[0];
         calibrate(effort, || lane.cycle(&self.vms[0]))
@@ -246,12 +229,31 @@ impl Crowd for Setup {
     }
 }
 
+impl Crowd for Setup {
+    type Work = (Layout, Kind);
+
+    fn one((layout, kind): Self::Work, regime: Regime, lanes: usize) -> Result<Self, Failure> {
+        let (vm, lanes) = Self::vm(layout, kind, regime, lanes as u64)?;
+        Ok(Self { vms: vec![vm], lanes: RefCell::new(lanes), layout })
+    }
+
+    fn private((layout, kind): Self::Work, lanes: usize) -> Result<Self, Failure> {
+        let (mut vms, mut all) = (Vec::new(), Vec::new());
+        for _ in 0..lanes {
+            let (vm, lanes) = Self::vm(layout, kind, Regime::Rcu, 1)?;
+            vms.push(vm);
+            all.extend(lanes);
+        }
+        Ok(Self { vms, lanes: RefCell::new(all), layout })
+    }
+}
+
 /// F2, F3, F4 or P1.
 #[derive(Debug)]
 pub struct Cycles {
     layout: Layout,
     kind: Kind,
-    what: [&'static str; 3],
+    what: Whats,
     /// For two vCPUs.
     goal: Option<f64>,
     ids: &'static Ids,
@@ -260,7 +262,7 @@ pub struct Cycles {
 impl Cycles {
     /// F2.
     pub fn own_tables() -> Self {
-        let what = each!("vCPUs allocate, touch, free: own tables");
+        let what = each!("allocate, touch, free, in own tables");
         Self {
             layout: Layout::OwnTables,
             kind: Kind::Native,
@@ -272,7 +274,7 @@ impl Cycles {
 
     /// F3.
     pub fn own_ranges() -> Self {
-        let what = each!("in one address space, own ranges");
+        let what = each!("the same in one address space");
         Self {
             layout: Layout::OwnRange,
             what,
@@ -284,7 +286,7 @@ impl Cycles {
 
     /// F4.
     pub fn one_range() -> Self {
-        let what = each!("in one range");
+        let what = each!("the same in one range");
         Self {
             layout: Layout::OneRange,
             what,
@@ -296,7 +298,7 @@ impl Cycles {
 
     /// P1.
     pub fn emulated() -> Self {
-        let what = each!("vCPUs' emulated table writes, with touches");
+        let what = each!("emulated table writes, with touches");
         Self {
             kind: Kind::Emulated,
             what,
@@ -309,7 +311,8 @@ impl Cycles {
 
 impl Row for Cycles {
     fn id(&self) -> &'static str {
-        self.ids[0][0]
+        // That of two.
+        self.ids[1][0]
     }
 
     fn figures(&self) -> &'static [&'static str] {

@@ -8,17 +8,19 @@
 //! are in one cache line with its own. So the guest's pages are a line apart, and a fault makes one
 //! entry; or there are neighbours, and it makes eight.
 
+use super::lanes::{after, fault};
+use super::shares;
 use crate::cpu::thread_time;
 use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
 use crate::guest::{MIB, Memory, PAGE, regs};
 use crate::measure::{Effort, Samples, Variant, interleave, per_operation};
 use crate::regime::{Brief, Regime, Vm};
 use mmu_core::addr::{Gpa, Gva};
-use mmu_core::paging::Access;
 use mmu_core::shadow::Outcome;
 use mmu_core::vcpu::{SoftVcpu, Vcpu};
 use serde_json::json;
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -36,9 +38,9 @@ fn gva(page: u64) -> u64 {
 }
 
 /// A guest that maps `pages` pages to be touched, and its engine.
-struct Guest {
+pub(super) struct Guest {
     memory: Memory,
-    vm: Vm,
+    pub(super) vm: Vm,
     root: u64,
     pages: u64,
     /// Pages mapped in each line.
@@ -47,7 +49,7 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(pages: u64, dense: u64, regime: Regime) -> Result<Self, Failure> {
+    pub(super) fn new(pages: u64, dense: u64, regime: Regime) -> Result<Self, Failure> {
         let data = pages * dense * PAGE;
         let count = pages * LINE / 512;
         let mut memory = Memory::new(data + count * PAGE + 2 * MIB, data);
@@ -59,13 +61,15 @@ impl Guest {
                 memory.map(root, gva(page) + neighbour * PAGE, gpa);
             }
         }
-        let vm = Vm::new(memory.engine(count + 64)?, regime);
+        // Enough for 32 vCPUs too.
+        let vm = Vm::new(memory.engine(count + 320)?, regime);
         Ok(Self { memory, vm, root, pages, dense, tables })
     }
 
-    /// Makes the shadow drop every leaf entry.
-    fn forget(&self) -> Result<(), Failure> {
-        for table in &self.tables {
+    /// Makes the shadow drop the leaf entries of these pages, of which no table is shared with others.
+    pub(super) fn forget(&self, pages: &Range<u64>) -> Result<(), Failure> {
+        let [first, end] = [pages.start, pages.end].map(|page| (page * LINE / 512) as usize);
+        for table in &self.tables[first..end] {
             let mut bytes = [0; PAGE as usize];
             for (n, chunk) in bytes.chunks_exact_mut(8).enumerate() {
                 let word = self.memory.word(table + n as u64 * 8).load(Ordering::Relaxed);
@@ -80,7 +84,7 @@ impl Guest {
     }
 
     /// A clean audit that counts every page, and as many faults as were made.
-    fn verify(&self, faults: u64) -> Result<(), Failure> {
+    pub(super) fn verify(&self, faults: u64) -> Result<(), Failure> {
         let audit = self.vm.mmu().audit().map_err(Failure::in_step("audit"))?;
         check_eq("shadow entries", audit.sptes, self.pages * self.dense)?;
         let stats = self.vm.mmu().stats();
@@ -89,39 +93,51 @@ impl Guest {
     }
 }
 
+/// A vCPU and the pages that it faults on.
+pub(super) struct Lane {
+    vcpu: Vcpu,
+    pub(super) pages: Range<u64>,
+    /// So far.
+    pub(super) faults: u64,
+}
+
+impl Lane {
+    pub(super) fn new(guest: &Guest, pages: Range<u64>) -> Result<Self, Failure> {
+        let vcpu = guest.vm.mmu().create_vcpu(Arc::new(Brief), regs(guest.root));
+        Ok(Self { vcpu: vcpu.map_err(Failure::in_step("vCPU"))?, pages, faults: 0 })
+    }
+
+    /// Faults on every page.
+    pub(super) fn pass(&mut self, vm: &Vm) -> Result<(), Failure> {
+        for page in self.pages.clone() {
+            check_eq("fault", fault(vm, &mut self.vcpu, gva(page))?, Outcome::Fixed)?;
+        }
+        self.faults += self.pages.end - self.pages.start;
+        Ok(())
+    }
+}
+
 /// Faults one by one, as a consumer with a processor of its own has them served.
 pub(super) struct Faulter {
     guest: Guest,
-    vcpu: RefCell<Vcpu>,
-    faults: RefCell<u64>,
+    lane: RefCell<Lane>,
 }
 
 impl Faulter {
     pub(super) fn new(pages: u64, dense: u64, regime: Regime) -> Result<Self, Failure> {
         let guest = Guest::new(pages, dense, regime)?;
-        let vcpu = guest.vm.mmu().create_vcpu(Arc::new(Brief), regs(guest.root));
-        let vcpu = RefCell::new(vcpu.map_err(Failure::in_step("vCPU"))?);
-        let faulter = Self { guest, vcpu, faults: RefCell::new(0) };
+        let lane = RefCell::new(Lane::new(&guest, 0..pages)?);
+        let faulter = Self { guest, lane };
         faulter.all()?;
         Ok(faulter)
     }
 
     /// Faults on every page; how long that took.
     fn all(&self) -> Result<Duration, Failure> {
-        self.guest.forget()?;
-        let (vcpu, vm) = (&mut *self.vcpu.borrow_mut(), &self.guest.vm);
+        let lane = &mut *self.lane.borrow_mut();
+        self.guest.forget(&lane.pages)?;
         let start = thread_time();
-        for page in 0..self.guest.pages {
-            let gva = Gva(gva(page));
-            loop {
-                match vm.exclusive(|| vcpu.fault(gva, Access::write().user())) {
-                    Ok(Outcome::Fixed) => break,
-                    Ok(other) => return Err(Failure::new(format!("fault at {gva}: {other:?}"))),
-                    Err(stall) => while vcpu.must_wait(stall) {},
-                }
-            }
-        }
-        *self.faults.borrow_mut() += self.guest.pages;
+        lane.pass(&self.guest.vm)?;
         Ok(thread_time().saturating_sub(start))
     }
 
@@ -131,7 +147,7 @@ impl Faulter {
     }
 
     pub(super) fn verify(&self) -> Result<(), Failure> {
-        self.guest.verify(*self.faults.borrow())
+        self.guest.verify(self.lane.borrow().faults)
     }
 }
 
@@ -166,7 +182,7 @@ impl Toucher {
     }
 
     fn all(&self) -> Result<Duration, Failure> {
-        self.guest.forget()?;
+        self.guest.forget(&(0..self.guest.pages))?;
         let (cpu, stores) = (&mut *self.cpu.borrow_mut(), &mut *self.stores.borrow_mut());
         let mut session = cpu.session();
         let mut touch = |page: u64, value: u64| {
@@ -208,7 +224,9 @@ impl Row for Single {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["F1", "F1.ns", "F1.around", "F1.trip", "F1.x4", "F1.x16"]
+        const FIGURES: [&str; 18] =
+            after(&["F1", "F1.ns", "F1.around", "F1.trip", "F1.x4", "F1.x16"], &[shares::IDS]);
+        &FIGURES
     }
 
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
@@ -253,6 +271,7 @@ impl Row for Single {
             faulter.verify()?;
         }
         soft.verify()?;
+        found.append(shares::run(effort)?);
         Ok(found)
     }
 }
@@ -267,7 +286,7 @@ mod tests {
         for (regime, dense) in Regime::ALL.into_iter().zip([1, LINE, 1]) {
             let faulter = Faulter::new(1024, dense, regime).unwrap();
             faulter.sample(&effort).unwrap();
-            assert_eq!(*faulter.faults.borrow(), 2048);
+            assert_eq!(faulter.lane.borrow().faults, 2048);
             faulter.verify().unwrap();
         }
         let soft = Toucher::new().unwrap();

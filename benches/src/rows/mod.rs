@@ -15,6 +15,8 @@ mod lanes;
 mod memory;
 mod precopy;
 mod publish;
+mod rivals;
+mod shares;
 mod size;
 mod slots;
 mod soft;

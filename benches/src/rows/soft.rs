@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The software vCPU's TLB hit beside a bare load.
+//! The software vCPU's TLB hit beside a bare load, and hits of several vCPUs.
+//!
+//! An engine that has a lock must keep a page from being taken away while a vCPU loads from it. So
+//! under `rwlock` a hit holds the lock for reading, under `mutex` it holds the lock: for each load, as
+//! walks do, or for [`BATCH`] of them, as a vCPU would that lets changes wait so long.
 
+use super::lanes::{Crowd, Ids, Sampled, Whats, after, each, ids, measure};
 use crate::chase::chained;
+use crate::cpu::{Work, together};
 use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
 use crate::guest::{MIB, Memory, PAGE, regs, xorshift};
-use crate::measure::{Effort, Samples, calibrate, interleave, timed};
-use mmu_core::Mmu;
+use crate::measure::{Effort, Samples, calibrate, interleave, per_operation, timed};
+use crate::regime::{Regime, Vm};
 use mmu_core::addr::Gva;
 use mmu_core::vcpu::{Session, SoftVcpu};
 use std::cell::RefCell;
@@ -15,25 +21,29 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const PAGES: u64 = 64;
 /// First mapped address; guest-physical memory begins with these pages.
 const FIRST: u64 = 0x5555_0000_0000;
+/// Loads of a pass.
+const LOADS: u64 = 512;
+/// Loads that hold the lock once.
+const BATCH: usize = 64;
 
 struct Guest {
     memory: Memory,
-    mmu: Mmu,
-    cpu: RefCell<SoftVcpu>,
+    vm: Vm,
+    root: u64,
     /// Offsets of the words to load.
     offsets: Vec<u64>,
     sum: u64,
 }
 
 impl Guest {
-    fn new() -> Result<Self, Failure> {
+    fn new(regime: Regime) -> Result<Self, Failure> {
         let mut memory = Memory::new(2 * MIB, MIB);
         let root = memory.table();
         for page in 0..PAGES {
             memory.map(root, FIRST + page * PAGE, page * PAGE);
         }
         let (mut x, mut offsets, mut sum) = (1, Vec::new(), 0u64);
-        for n in 0..512 {
+        for n in 0..LOADS {
             x = xorshift(x);
             let offset = (x >> 20) % (PAGES * 512) * 8;
             memory.word(offset).store(n + 1, Ordering::Relaxed);
@@ -42,9 +52,17 @@ impl Guest {
         for offset in &offsets {
             sum += memory.word(*offset).load(Ordering::Relaxed);
         }
-        let mmu = memory.engine(64)?;
-        let cpu = mmu.create_soft_vcpu(regs(root)).map_err(Failure::in_step("vCPU"))?;
-        Ok(Self { memory, mmu, cpu: RefCell::new(cpu), offsets, sum })
+        let vm = Vm::new(memory.engine(512)?, regime);
+        Ok(Self { memory, vm, root, offsets, sum })
+    }
+
+    fn vcpu(&self) -> Result<SoftVcpu, Failure> {
+        self.vm.mmu().create_soft_vcpu(regs(self.root)).map_err(Failure::in_step("vCPU"))
+    }
+
+    fn verify(&self) -> Result<(), Failure> {
+        let audit = self.vm.mmu().audit().map_err(Failure::in_step("audit"))?;
+        check_eq("shadow entries", audit.sptes, PAGES)
     }
 
     fn check(&self, sum: Option<u64>) -> Result<(), Failure> {
@@ -67,6 +85,22 @@ impl Guest {
         self.pass::<CHAINED>(|offset| session.load_u64(Gva(FIRST + offset), true).ok())
     }
 
+    /// Loads every word, and takes the regime's lock for each `BATCH` of them.
+    #[inline(never)]
+    fn held<const BATCH: usize>(&self, session: &mut Session<'_>) -> Option<u64> {
+        let mut sum = 0;
+        for batch in self.offsets.chunks_exact(BATCH) {
+            sum += self.vm.shared(|| {
+                let mut sum = 0;
+                for offset in batch {
+                    sum += session.load_u64(Gva(FIRST + offset), true).ok()?;
+                }
+                Some(sum)
+            })?;
+        }
+        Some(sum)
+    }
+
     #[inline(never)]
     fn bare<const CHAINED: bool>(&self, words: &[AtomicU64]) -> Option<u64> {
         self.pass::<CHAINED>(|offset| {
@@ -81,8 +115,8 @@ impl Guest {
         let (words, count) = (self.memory.words(), self.offsets.len());
         let bare = || self.check(self.bare::<CHAINED>(words));
         let passes = calibrate(effort, bare)?;
+        let mut cpu = self.vcpu()?;
         let hit = |_: usize| {
-            let mut cpu = self.cpu.borrow_mut();
             let mut session = cpu.session();
             // Fills the TLB; later passes hit.
             self.check(self.hits::<CHAINED>(&mut session))?;
@@ -95,6 +129,67 @@ impl Guest {
     }
 }
 
+/// Software vCPUs with the same pages.
+struct Hitters {
+    guests: Vec<Guest>,
+    cpus: RefCell<Vec<SoftVcpu>>,
+    pass: Pass,
+}
+
+/// Loads of every word.
+type Pass = fn(&Guest, &mut Session<'_>) -> Option<u64>;
+
+impl Sampled for Hitters {
+    fn calibrate(&self, effort: &Effort) -> Result<u64, Failure> {
+        let (guest, cpu) = (&self.guests[0], &mut self.cpus.borrow_mut()[0]);
+        let mut session = cpu.session();
+        calibrate(effort, || guest.check((self.pass)(guest, &mut session)))
+    }
+
+    /// For each load.
+    fn sample(&self, passes: u64) -> Result<(f64, bool), Failure> {
+        let (mut cpus, pass) = (self.cpus.borrow_mut(), self.pass);
+        let loads = cpus.len() as u64 * passes * LOADS;
+        let work = cpus.iter_mut().enumerate().map(|(n, cpu)| {
+            let guest = &self.guests[n % self.guests.len()];
+            let run = move || {
+                let mut session = cpu.session();
+                (0..passes).try_for_each(|_| guest.check(pass(guest, &mut session)))
+            };
+            Box::new(run) as Work<'_, ()>
+        });
+        let all = together(work.collect())?;
+        Ok((per_operation(all.elapsed, loads), all.disturbed))
+    }
+
+    fn verify(&self) -> Result<(), Failure> {
+        self.guests.iter().try_for_each(Guest::verify)
+    }
+}
+
+impl Crowd for Hitters {
+    type Work = Pass;
+
+    fn one(pass: Pass, regime: Regime, lanes: usize) -> Result<Self, Failure> {
+        let guest = Guest::new(regime)?;
+        let cpus = (0..lanes).map(|_| guest.vcpu()).collect::<Result<_, _>>()?;
+        Ok(Self { guests: vec![guest], cpus: RefCell::new(cpus), pass })
+    }
+
+    fn private(pass: Pass, lanes: usize) -> Result<Self, Failure> {
+        let guests = (0..lanes).map(|_| Guest::new(Regime::Rcu));
+        let guests = guests.collect::<Result<Vec<_>, _>>()?;
+        let cpus = guests.iter().map(Guest::vcpu).collect::<Result<_, _>>()?;
+        Ok(Self { guests, cpus: RefCell::new(cpus), pass })
+    }
+}
+
+/// How long vCPUs hold the lock.
+const HELD: [(Pass, &Ids, Whats); 2] = [
+    (Guest::held::<1>, ids!("T1"), each!("TLB hits")),
+    (Guest::held::<BATCH>, ids!("T1.batch"), each!("TLB hits, 64 for each lock")),
+];
+
 /// T1.
 #[derive(Debug)]
 pub struct TlbHit;
@@ -105,12 +200,13 @@ impl Row for TlbHit {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["T1", "T1.chained"]
+        const FIGURES: [&str; 26] = after(&["T1", "T1.chained"], &[HELD[0].1, HELD[1].1]);
+        &FIGURES
     }
 
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
         let mut found = Found::default();
-        let guest = Guest::new()?;
+        let guest = Guest::new(Regime::Rcu)?;
         let samples = guest.measure::<false>(effort)?;
         let what = "software vCPU, TLB hit, 8-byte load";
         found.figure(Figure::cost("T1", what, &samples, ["hit", "bare"])?.goal(Goal::AtMost(6.0)));
@@ -118,8 +214,10 @@ impl Row for TlbHit {
         let samples = guest.measure::<true>(effort)?;
         let what = "the same, each load waits for the last";
         found.figure(Figure::cost("T1.chained", what, &samples, ["hit", "bare"])?);
-        let audit = guest.mmu.audit().map_err(Failure::in_step("audit"))?;
-        check_eq("shadow entries", audit.sptes, PAGES)?;
+        guest.verify()?;
+        for (pass, ids, what) in HELD {
+            found.append(measure::<Hitters>(effort, pass, ids, what, None)?);
+        }
         Ok(found)
     }
 }
@@ -130,12 +228,28 @@ mod tests {
 
     #[test]
     fn both_ways_load_the_same() {
-        let guest = Guest::new().unwrap();
-        let mut cpu = guest.cpu.borrow_mut();
+        let guest = Guest::new(Regime::Rcu).unwrap();
+        let mut cpu = guest.vcpu().unwrap();
         let mut session = cpu.session();
         assert_eq!(guest.hits::<true>(&mut session), Some(guest.sum));
         assert_eq!(guest.hits::<false>(&mut session), Some(guest.sum));
         assert_eq!(guest.bare::<true>(guest.memory.words()), Some(guest.sum));
         assert_eq!(guest.bare::<false>(guest.memory.words()), Some(guest.sum));
+    }
+
+    #[test]
+    fn every_vcpu_loads_every_word_under_every_regime() {
+        for (pass, ..) in HELD {
+            let crowds = Regime::ALL.map(|regime| Hitters::one(pass, regime, 3));
+            for crowd in crowds.into_iter().chain([Hitters::private(pass, 3)]) {
+                let crowd = crowd.unwrap();
+                crowd.sample(2).unwrap();
+                crowd.verify().unwrap();
+                // Another word than the one that was stored is noticed.
+                let guest = &crowd.guests[0];
+                guest.memory.word(guest.offsets[7]).fetch_add(1, Ordering::Relaxed);
+                assert!(crowd.sample(1).is_err());
+            }
+        }
     }
 }

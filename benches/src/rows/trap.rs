@@ -3,6 +3,8 @@
 //! way through the kernel and without it.
 
 use super::fault::{Faulter, LINE, PAGES};
+use super::lanes::after;
+use super::rivals;
 use crate::figure::{Failure, Figure, Found, Goal, Outcome, Row, check_eq};
 use crate::guest::xorshift;
 use crate::measure::{Effort, Samples, Variant, interleave, per_operation};
@@ -56,7 +58,11 @@ impl Row for OwnFault {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &["F5", "F5.trap"]
+        const FIGURES: [&str; 23] = {
+            let [[a, b, c], [d, e, f], [g, h, i]] = rivals::SCALE;
+            after(&["F5", "F5.trap", a, b, c, d, e, f, g, h, i], &[rivals::IDS])
+        };
+        &FIGURES
     }
 
     fn run(&self, effort: &Effort) -> Result<Found, Failure> {
@@ -87,6 +93,7 @@ impl Row for OwnFault {
         let what = "a real guest's fault by the engine, over the kernel's";
         found.figure(Figure::cost("F5.trap", what, &samples, ["trap", "kernel"])?);
         found.plots.push(("F5: the engine's fault and the kernel's", "ns", samples));
+        found.append(rivals::run(effort)?);
         Ok(found)
     }
 }

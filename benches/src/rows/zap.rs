@@ -7,6 +7,8 @@
 //! There are frames for a quarter more pages than the guest needs: faults must use those of the old
 //! ones again.
 
+use super::anew;
+use super::lanes::after;
 use crate::cpu::{thread_time, tick_ns, ticks};
 use crate::figure::{Failure, Figure, Found, Goal, Row, check_eq};
 use crate::guest::{MIB, Memory, PAGE, regs};
@@ -192,20 +194,8 @@ impl Row for ZapAll {
     }
 
     fn figures(&self) -> &'static [&'static str] {
-        &[
-            "Z1.latency",
-            "Z1.p999",
-            "Z1.cpu",
-            "Z1.v2",
-            "Z1.v2.rwlock",
-            "Z1.v2.mutex",
-            "Z1.v8",
-            "Z1.v8.rwlock",
-            "Z1.v8.mutex",
-            "Z1.v32",
-            "Z1.v32.rwlock",
-            "Z1.v32.mutex",
-        ]
+        const FIGURES: [&str; 15] = after(&["Z1.latency", "Z1.p999", "Z1.cpu"], &[anew::IDS]);
+        &FIGURES
     }
 
     fn run(&self, full: &Effort) -> Result<Found, Failure> {
@@ -255,7 +245,7 @@ impl Row for ZapAll {
             let audit = guest.mmu.audit().map_err(Failure::in_step("audit"))?;
             check_eq("shadow entries", audit.sptes, guest.tables)?;
         }
-        found.append(super::anew::run(full)?);
+        found.append(anew::run(full)?);
         Ok(found)
     }
 }
