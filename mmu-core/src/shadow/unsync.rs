@@ -235,7 +235,7 @@ impl Engine {
             // being torn down counts for as long as it is linked: processors get there.
             let is_child = || {
                 below.key().role().level() + 1 == level
-                    && below.parents.any(|parent| Location::from_word(parent).frame() == frame)
+                    && below.parents.any_near(Location::new(frame, 0).word())
             };
             // Once for all paths to it, of which a guest may make any number.
             if is_child() && visit.done.insert(child) {
