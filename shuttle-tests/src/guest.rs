@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | 0 to 23 | data pages; eight for each vCPU, which edits their entries and tables |
 //! | [`AWAY`], [`READ_ONLY`] | data pages that the host takes away, or makes read-only |
+//! | [`SHARED`], [`CODE`] | the same pages where no host does: of a table that several vCPUs write, and code |
 //! | [`PASSING`] | both places of a slot that comes, goes and moves |
 //! | [`LARGE`] | the first block of [`BLOCKS`], by a large page |
 //! | [`NEWS_WINDOW`] | the second one, the table in it included |
@@ -14,7 +15,10 @@
 //! | 52 to 55 | the middle tables |
 //! | 56 to 63 | the leaf tables of the first 32 pages |
 
-use crate::seeds::one_in;
+use crate::devices::Devices;
+use crate::rings::Rings;
+use crate::seeds::{below, one_in};
+use crate::storm::Tally;
 use mmu_core::addr::{Gpa, Gva, Machine};
 use mmu_core::memory::{AllocatedMemory, Backing, DirtyMode, SlotConfig, SlotId};
 use mmu_core::paging::{Access, Fault, Regs, bits};
@@ -36,6 +40,8 @@ pub const BLOCK: u64 = 4 * PAGE;
 const ROOTS: [u64; 2] = [0, 22];
 const MIDDLES: u64 = 1;
 const LEAVES: u64 = 5;
+/// How many there are.
+pub const TABLES: u64 = 23;
 /// Behind them the data pages.
 const DATA: u64 = 24;
 /// Slot 0: tables and data.
@@ -49,6 +55,17 @@ pub const OWN: u64 = 8;
 pub const AWAY: u64 = 24;
 /// The same that it makes read-only.
 pub const READ_ONLY: u64 = 28;
+/// Virtual pages of a leaf table that several vCPUs write, and the data pages behind them; each entry
+/// names the page of its number, or the one [`LEAF`] further on.
+pub const SHARED: u64 = AWAY;
+/// Virtual pages of a leaf table.
+pub const LEAF: u64 = 4;
+/// A page of code, with an instruction of [`INSTRUCTION`] bytes, all the same, across two words.
+pub const CODE: u64 = READ_ONLY + 2;
+/// Offset of the instruction.
+pub const INSTRUCTION_AT: u64 = 20;
+/// Its bytes.
+pub const INSTRUCTION: usize = 8;
 /// Virtual pages that show where [`PASSING_SLOT`] is, or is not.
 pub const PASSING: u64 = 32;
 /// A slot that comes, goes and moves.
@@ -70,6 +87,19 @@ pub const NEWS: u64 = 48;
 /// The table, and the pages that the entry may name.
 const NEWS_TABLE: u64 = BLOCKS_AT + 4;
 const NEWS_PAGES: u64 = 3;
+
+/// The pages of each [`Mark`].
+const MARKED: [(SlotId, [u64; 2]); 2] =
+    [(MAIN, [DATA + SHARED, DATA + SHARED + LEAF]), (BLOCKS, [2, 2])];
+
+/// A place where one vCPU writes greater and greater values, and says how far it has come.
+#[derive(Clone, Copy, Debug)]
+pub enum Mark {
+    /// The first word of page [`SHARED`], or of the other one that its entry may name.
+    Shared,
+    /// The first word of page [`LARGE`] + 2.
+    Large,
+}
 
 /// Where the consumer's processor sees the shadow tables, and slot `n`.
 const TABLES_AT: Machine = Machine(0x100_0000);
@@ -138,6 +168,10 @@ pub struct Shape {
     pub log: DirtyMode,
     /// crossbeam's epochs instead of the stand-in.
     pub crossbeam: bool,
+    /// How many vCPUs there will be.
+    pub vcpus: u64,
+    /// Each vCPU has a dirty ring, and nobody else writes slot 0.
+    pub rings: bool,
 }
 
 /// An engine, and its guest.
@@ -149,6 +183,13 @@ pub struct Guest {
     blocks: Arc<AllocatedMemory>,
     /// The number of the news that everybody has been told of.
     told: Arc<AtomicU64>,
+    /// vCPUs that have not come to their ends.
+    busy: Arc<AtomicU64>,
+    marks: Arc<[AtomicU64; MARKED.len()]>,
+    /// Patches of the instruction, each of which adds 1 to its bytes.
+    patches: Arc<AtomicU64>,
+    devices: Arc<Devices>,
+    rings: Option<Arc<Rings>>,
 }
 
 impl Guest {
@@ -172,11 +213,19 @@ impl Guest {
         };
         mmu.create_slot(slot(MAIN, 0, &main).track(shape.log)).unwrap();
         mmu.create_slot(slot(BLOCKS, BLOCKS_AT, &blocks)).unwrap();
-        let guest = Self { mmu, main, blocks, told: Arc::default() };
+        let devices = Arc::new(Devices::new(mmu.bus().coalesced()));
+        let rings = shape.rings.then(|| Arc::new(Rings::new()));
+        let busy = Arc::new(AtomicU64::new(shape.vcpus));
+        let (told, marks, patches) = Default::default();
+        let guest = Self { mmu, main, blocks, told, busy, marks, patches, devices, rings };
         guest.write_tables();
         // Every page but the tables says which one it is.
         for gfn in (DATA..MAIN_PAGES).chain(BLOCKS_AT..NEWS_TABLE) {
             guest.write(Gpa(gfn * PAGE + 8), gfn);
+        }
+        if let Some(rings) = &guest.rings {
+            guest.mmu.dirty_log(MAIN, &mut [0]).unwrap();
+            rings.begin(&guest);
         }
         guest
     }
@@ -243,6 +292,17 @@ impl Guest {
         self.mmu.create_soft_vcpu(Regs::long_mode(ROOTS[0] * PAGE)).unwrap()
     }
 
+    /// A software vCPU, with a ring if all have one: so large that it never fills, or a small one.
+    #[must_use]
+    pub fn logged_vcpu(&self, small: bool) -> SoftVcpu {
+        let mut cpu = self.vcpu();
+        if let Some(rings) = &self.rings {
+            let capacity = if small { 4 << below(2) } else { 256 };
+            cpu.vcpu_mut().set_dirty_ring(Some(rings.add(capacity)));
+        }
+        cpu
+    }
+
     /// Loads one of the two roots.
     pub fn load_root(cpu: &mut SoftVcpu, root: u64) {
         cpu.vcpu_mut().set_cr3(ROOTS[root as usize] * PAGE).unwrap();
@@ -279,6 +339,66 @@ impl Guest {
         self.told.load(std::sync::atomic::Ordering::Relaxed)
     }
 
+    /// Says that a vCPU has come to its end.
+    pub fn has_worked(&self) {
+        self.busy.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Whether some have not.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.busy.load(std::sync::atomic::Ordering::Relaxed) > 0
+    }
+
+    /// Says that a value has been written at a mark.
+    pub fn mark(&self, mark: Mark, value: u64) {
+        self.marks[mark as usize].store(value, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// The marks of a slot: pages, and what has been written to one of them at least.
+    #[must_use]
+    pub fn marks(&self, slot: SlotId) -> Vec<([u64; 2], u64)> {
+        let all = MARKED.into_iter().zip(&*self.marks);
+        let of_slot = all.filter(|((of, _), _)| *of == slot);
+        of_slot
+            .map(|((_, pages), value)| (pages, value.load(std::sync::atomic::Ordering::Relaxed)))
+            .collect()
+    }
+
+    /// Says that the instruction has been patched.
+    pub fn patched(&self) {
+        self.patches.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// How often the instruction has been patched; whoever fetches it after this must find that, or more.
+    #[must_use]
+    pub fn patches(&self) -> u64 {
+        self.patches.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// When all is over: the instruction is what its patches made of it.
+    ///
+    /// # Panics
+    ///
+    /// If it is not.
+    pub fn check_code(&self) {
+        let words = self.data_words(CODE..CODE + 1);
+        let bytes = (words[2] >> 32 | words[3] << 32).to_le_bytes();
+        assert_eq!(bytes, [self.patches() as u8; INSTRUCTION], "R38: a patch, or half of one");
+    }
+
+    /// The devices, and what they were told.
+    #[must_use]
+    pub(crate) fn devices(&self) -> &Arc<Devices> {
+        &self.devices
+    }
+
+    /// The dirty rings, if vCPUs have some.
+    #[must_use]
+    pub(crate) fn rings(&self) -> Option<&Rings> {
+        self.rings.as_deref()
+    }
+
     /// The words of a slot's pages, as the host sees them.
     #[must_use]
     pub fn words(&self, slot: SlotId, pages: core::ops::Range<u64>) -> Vec<u64> {
@@ -303,6 +423,16 @@ impl Guest {
     #[must_use]
     pub fn tables() -> PageRange {
         PageRange::Guest { base: Gpa(0), size: DATA * PAGE }
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub(crate) fn tally(&self) -> Tally {
+        let mut tally: Tally = self.mmu.stats().iter().collect();
+        tally.extend(self.devices.tally());
+        tally.extend(self.rings.iter().flat_map(|rings| rings.tally()));
+        tally.insert("patches", self.patches());
+        tally
     }
 
     /// The audit, which must find nothing.

@@ -5,7 +5,9 @@
 //! takes many. Where the next thread is chosen at each step that hardly ever happens, and where few
 //! changes of priority are spread over a whole run (shuttle's PCT) they hardly ever meet the window. So a
 //! thread runs on for a while, and where it stops it may stay for as long as others need for whole
-//! operations. How long is different in each schedule.
+//! operations. How long is different in each schedule. In half of them only one thread is becalmed, and
+//! wherever it stops: a window of one step is met by one thread that stands still, while the others do
+//! not.
 
 use shuttle::scheduler::{Schedule, Scheduler, Task, TaskId};
 use std::collections::BTreeMap;
@@ -16,6 +18,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const GUSTS: [u64; 6] = [1, 8, 24, 64, 160, 400];
 /// One in so many stops is a calm.
 const CALMS: [u64; 3] = [1, 4, 16];
+/// Mean steps between two calms, where one thread alone is becalmed.
+const BETWEEN: [u64; 4] = [4, 16, 64, 256];
+/// Calms of that thread in one schedule: others may work until it comes to its end.
+const MOST: u64 = 100;
+/// The threads of which that is one: as many as most storms have.
+const THREADS: u64 = 4;
 /// Mean steps of a calm.
 const LENGTHS: [u64; 3] = [1, 300, 1500];
 
@@ -31,6 +39,10 @@ pub(crate) struct Gusts<F> {
     gust: u64,
     calm: u64,
     length: u64,
+    /// The thread that alone is becalmed, if only one is, and the steps between its calms.
+    alone: Option<(TaskId, u64)>,
+    /// Calms so far.
+    calms: u64,
     step: u64,
     /// Threads that are becalmed, and until which step.
     becalmed: BTreeMap<TaskId, u64>,
@@ -47,6 +59,8 @@ impl<F: FnMut(u64) -> bool> Gusts<F> {
             gust: 1,
             calm: 1,
             length: 1,
+            alone: None,
+            calms: 0,
             step: 0,
             becalmed: BTreeMap::new(),
         }
@@ -65,7 +79,13 @@ impl<F: FnMut(u64) -> bool> Scheduler for Gusts<F> {
         self.gust = self.random.one_of(&GUSTS);
         self.calm = self.random.one_of(&CALMS);
         self.length = self.random.one_of(&LENGTHS);
-        self.step = 0;
+        self.alone = (self.random.below(2) == 0).then(|| {
+            // The first task is the one that waits for all.
+            let thread = TaskId::from(1 + self.random.below(THREADS) as usize);
+            self.length = self.length.max(LENGTHS[1]);
+            (thread, self.random.one_of(&BETWEEN))
+        });
+        (self.step, self.calms) = (0, 0);
         self.becalmed.clear();
         Some(Schedule::new(seed))
     }
@@ -82,10 +102,16 @@ impl<F: FnMut(u64) -> bool> Scheduler for Gusts<F> {
         self.step += 1;
         let current = current.filter(|current| runnable.iter().any(|task| task.id() == *current));
         if let Some(current) = current {
-            if !is_yielding && self.random.below(self.gust) != 0 {
+            let (gust, calm) = match self.alone {
+                None => (self.gust, self.calm),
+                Some((thread, between)) if thread == current && self.calms < MOST => (between, 1),
+                Some(_) => (self.gust, u64::MAX),
+            };
+            if !is_yielding && self.random.below(gust) != 0 {
                 return Some(current);
             }
-            if self.random.below(self.calm) == 0 {
+            if self.random.below(calm) == 0 {
+                self.calms += 1;
                 let steps = self.random.below(2 * self.length);
                 self.becalmed.insert(current, self.step + steps);
             }

@@ -4,12 +4,17 @@
 #![cfg(shuttle)]
 
 mod changes;
+mod copied;
+mod devices;
 mod guest;
 mod gusts;
+mod rings;
 mod seeds;
+mod settings;
 mod storm;
 mod vcpu;
 
 pub use changes::Change;
 pub use seeds::{mutant, storm};
 pub use storm::Storm;
+pub use vcpu::Work;

@@ -2,42 +2,23 @@
 //! Seeds, and the time that is spent on them. Each seed is one schedule of a storm.
 
 use crate::gusts::Gusts;
-use crate::storm::Storm;
-use mmu_core::shadow::StatsSnapshot;
+use crate::settings::Settings;
+use crate::storm::{Storm, Tally};
 use mmu_core::sync::rules;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::{Config, FailurePersistence, Runner};
 use std::any::Any;
-use std::collections::BTreeMap;
-use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Bytes of a thread's stack.
 const STACK: usize = 0x4_0000;
-/// Seconds for each storm, unless `SHUTTLE_SECONDS` says otherwise.
-const SECONDS: u64 = 6;
-
 /// Schedules in which a storm must fail without a rule.
 const PATIENCE: u64 = 20_000;
-/// Schedules after which all [`EVENTS`] must have happened.
+/// Schedules after which each of a storm's events must have happened.
 const MANY: u64 = 300;
-/// Counters of the engine: entries repaired, of blocks, and around faults; lost races; tables written
-/// natively, settled, and made into data; frames recycled, blocks broken.
-const EVENTS: [&str; 9] = [
-    "pf_fast",
-    "pf_large",
-    "pte_prefetched",
-    "pf_restart",
-    "mmu_unsync",
-    "mmu_synced",
-    "mmu_flooded",
-    "mmu_recycled",
-    "mmu_block_broken",
-];
-
 /// A random number below `n`; part of the schedule.
 pub(crate) fn below(n: u64) -> u64 {
     thread_rng().gen_range(0..n)
@@ -48,21 +29,16 @@ pub(crate) fn one_in(n: u64) -> bool {
     below(n) == 0
 }
 
-fn setting(name: &str) -> Option<u64> {
-    let value = env::var(name).ok()?;
-    Some(value.parse().unwrap_or_else(|_| panic!("{name}={value}: not a number")))
-}
-
 /// Runs the storm for as many seconds as `SHUTTLE_SECONDS` says, from seed `SHUTTLE_FIRST` on, or that of
 /// `SHUTTLE_SEED` alone; without the rule that `SHUTTLE_RULE` names.
 ///
 /// # Panics
 ///
-/// If it fails under any schedule; how to repeat that is printed. If it was not much of a storm.
+/// If it fails under any schedule; how to repeat that is printed. If it was not much of a storm. If one of
+/// these says what it cannot.
 pub fn storm(storm: Storm) {
-    let time = Duration::from_secs(setting("SHUTTLE_SECONDS").unwrap_or(SECONDS));
-    let only = setting("SHUTTLE_SEED");
-    let first = only.or(setting("SHUTTLE_FIRST")).unwrap_or(0);
+    let Settings { time, first, only, without } = Settings::of_environment();
+    let first = only.unwrap_or(first);
     let begun = Instant::now();
     let run = || {
         let run = Run::of(storm, first, move |seed| match only {
@@ -73,31 +49,33 @@ pub fn storm(storm: Storm) {
         println!("{schedules} schedules in {:.1?}, up to seed {last}", begun.elapsed());
         println!("{tally:?}");
         if let Some(panic) = run.panic {
-            let rule =
-                env::var("SHUTTLE_RULE").map_or(String::new(), |r| format!("SHUTTLE_RULE={r} "));
+            let rule = without.map_or(String::new(), |rule| format!("SHUTTLE_RULE={rule} "));
             println!("again: {rule}{}", storm.again(last));
             resume_unwind(panic);
         }
         // A storm in which these do not happen shows little.
         let never = |event: &&str| tally.get(event).is_none_or(|times| *times == 0);
-        let missing: Vec<_> = EVENTS.into_iter().filter(never).collect();
+        let missing: Vec<_> = storm.events.iter().copied().filter(never).collect();
         assert!(schedules < MANY || missing.is_empty(), "never in {schedules}: {missing:?}");
     };
-    match env::var("SHUTTLE_RULE") {
-        Ok(rule) => rules::without(rule.leak(), run),
-        Err(_) => run(),
+    match without {
+        Some(rule) => rules::without(rule, run),
+        None => run(),
     }
 }
 
-/// Runs a storm with a rule switched off (for instance `"R05"`). It must fail; and not, under the same
-/// seed, with the rule in force.
+/// Runs a storm with a rule switched off (for instance `"R05"`), from seed `SHUTTLE_FIRST` on. It must
+/// fail; and not, under the same seed, with the rule in force.
 ///
 /// # Panics
 ///
 /// If it is otherwise.
 pub fn mutant(rule: &'static str, storm: Storm) {
+    let Settings { first, .. } = Settings::of_environment();
     let mut run = None;
-    rules::without(rule, || run = Some(Run::of(storm, 0, |seed| seed < PATIENCE)));
+    rules::without(rule, || {
+        run = Some(Run::of(storm, first, move |seed| seed - first < PATIENCE));
+    });
     let Run { schedules, last, panic, .. } = run.unwrap();
     let panic =
         panic.unwrap_or_else(|| panic!("no failure without {rule} in {schedules} schedules"));
@@ -116,7 +94,7 @@ struct Run {
     /// The last seed.
     last: u64,
     /// What happened.
-    tally: BTreeMap<&'static str, u64>,
+    tally: Tally,
     panic: Option<Box<dyn Any + Send>>,
 }
 
@@ -132,10 +110,10 @@ impl Run {
         let last = Arc::new(AtomicU64::new(first));
         let gusts = Gusts::new(first, Arc::clone(&last), goes_on);
         let runner = Runner::new(gusts, config);
-        let tally = Arc::new(Mutex::new(BTreeMap::new()));
+        let tally = Arc::new(Mutex::new(Tally::new()));
         let body = {
             let tally = Arc::clone(&tally);
-            move || count(&tally, &storm.rage())
+            move || count(&tally, storm.rage())
         };
         let done = catch_unwind(AssertUnwindSafe(|| runner.run(body)));
         let last = last.load(Ordering::Relaxed);
@@ -144,9 +122,9 @@ impl Run {
     }
 }
 
-fn count(tally: &Mutex<BTreeMap<&'static str, u64>>, stats: &StatsSnapshot) {
+fn count(tally: &Mutex<Tally>, happened: Tally) {
     let mut tally = tally.lock().unwrap();
-    for (name, events) in stats.iter() {
+    for (name, events) in happened {
         *tally.entry(name).or_default() += events;
     }
 }

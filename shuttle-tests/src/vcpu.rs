@@ -1,20 +1,131 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a vCPU does in a storm, and what it must find.
 
+mod code;
+mod devices;
+mod logged;
+mod shared;
+
 use crate::guest::{
-    AWAY, BLOCK, Guest, LARGE, NEWS, OWN, PAGE, PASSING, data, gva, leaf_entry, middle_entry,
-    window, word,
+    AWAY, BLOCK, BLOCKS_AT, Guest, LARGE, LEAF, NEWS, OWN, PAGE, PASSING, SHARED, data, gva,
+    leaf_entry, middle_entry, window, word,
 };
 use crate::seeds::{below, one_in};
 use mmu_core::addr::{Gpa, Gva};
+use mmu_core::mmio::Initiator;
 use mmu_core::paging::{Access, Invpcid, bits};
 use mmu_core::vcpu::{Session, SoftExit, SoftVcpu};
 
-/// Operations of a vCPU.
+/// Operations of a vCPU; of one that has only few kinds of them; and of one whose last operation is looked
+/// at.
 const OPERATIONS: u64 = 12;
+const FEW_OPERATIONS: u64 = 5;
+const MANY_OPERATIONS: u64 = 30;
 
-/// Virtual pages of a leaf table.
-const LEAF: u64 = 4;
+/// What a vCPU is busy with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// All that guests do.
+    All,
+    /// Pages of any vCPU, looked at from a state in which nothing is remembered.
+    Look,
+    /// Faults that are served once, and left as they are.
+    Fault,
+    /// Its own pages and tables, edited.
+    Edit,
+    /// Its entry of a table that all write natively.
+    Share,
+    /// Stores to a page that say when they are done.
+    Store,
+    /// The same with a small dirty ring.
+    Ring,
+    /// The same through pins.
+    Pin,
+    /// The same to a page that may be in a block.
+    StoreLarge,
+    /// The entry of the page to which another one stores.
+    Move,
+    /// Code, which is patched.
+    Code,
+    /// Devices.
+    Devices,
+    /// Pages behind a table that moves with them.
+    Tables,
+}
+
+/// One thing that a vCPU does.
+#[derive(Clone, Copy, Debug)]
+enum Operation {
+    Store,
+    Load,
+    Look,
+    SwapPages,
+    SwapTables,
+    MapLarge,
+    TakeRight,
+    TellNews,
+    HearNews,
+    /// An access to one of so many virtual pages from the first one on.
+    Somewhere(u64, u64),
+    Fault,
+    LoadRoot,
+    ToggleWp,
+    Reset,
+    Point,
+    FlushShared,
+    StoreShared,
+    StoreEmulated,
+    StorePinned,
+    StoreLarge,
+    MoveShared,
+    Patch,
+    Fetch,
+    Device,
+    BehindTable,
+}
+
+impl Work {
+    /// Each of these is as likely as the others.
+    const fn operations(self) -> &'static [Operation] {
+        use Operation::*;
+        match self {
+            Self::All => &[
+                Store,
+                Store,
+                Load,
+                Load,
+                SwapPages,
+                SwapPages,
+                SwapTables,
+                MapLarge,
+                TakeRight,
+                TellNews,
+                TellNews,
+                HearNews,
+                HearNews,
+                Somewhere(AWAY, 8),
+                Somewhere(PASSING, 8),
+                Somewhere(LARGE, 4),
+                Fault,
+                LoadRoot,
+                ToggleWp,
+                Reset,
+            ],
+            Self::Look => &[Look, Look, Look, LoadRoot, ToggleWp],
+            Self::Fault => &[Fault, Fault, Fault, LoadRoot],
+            Self::Edit => &[Store, SwapPages, SwapPages, SwapTables, Load, Reset],
+            Self::Share => &[Point, Point, Point, FlushShared, FlushShared],
+            Self::Store => &[StoreShared],
+            Self::Ring => &[StoreShared, StoreShared, StoreEmulated],
+            Self::Pin => &[StorePinned, StorePinned, Load],
+            Self::StoreLarge => &[StoreLarge],
+            Self::Move => &[MoveShared],
+            Self::Code => &[Patch, Fetch, Fetch],
+            Self::Devices => &[Device],
+            Self::Tables => &[BehindTable],
+        }
+    }
+}
 
 /// A vCPU with pages and tables of its own.
 struct Cpu<'g> {
@@ -22,6 +133,8 @@ struct Cpu<'g> {
     id: u64,
     cpu: SoftVcpu,
     user: bool,
+    /// Its ways onto both buses, once it has used them.
+    initiators: Option<[Initiator; 2]>,
     own: Own,
 }
 
@@ -36,19 +149,28 @@ struct Own {
 }
 
 /// Runs vCPU number `id`, which is returned with nothing flushed.
-pub(crate) fn run(guest: &Guest, id: u64) -> SoftVcpu {
+pub(crate) fn run(guest: &Guest, id: u64, work: Work) -> SoftVcpu {
     let half = |half: u64| [0, 1, 2, 3].map(|page| id * OWN + half * LEAF + page);
     let mut own = Own { behind: [half(0), half(1)], stored: [0; OWN as usize], order: [0, 1] };
-    let mut values = (1..=OPERATIONS).map(|n| (id + 1) << 32 | n);
+    // Room for those that an operation counts on from its own.
+    let many = match work {
+        Work::All => OPERATIONS,
+        Work::Fault => FEW_OPERATIONS,
+        _ => MANY_OPERATIONS,
+    };
+    let mut values = (1..=many).map(|n| (id + 1) << 32 | n << 8);
     // It goes now and then, and another one comes in its place.
     loop {
-        let mut cpu = Cpu { guest, id, cpu: guest.vcpu(), user: true, own };
+        let vcpu = guest.logged_vcpu(work == Work::Ring);
+        let mut cpu = Cpu { guest, id, cpu: vcpu, user: true, initiators: None, own };
         let goes = values.by_ref().any(|value| {
             cpu.user = !one_in(4);
-            cpu.operate(value);
+            let operations = work.operations();
+            cpu.operate(operations[below(operations.len() as u64) as usize], value);
             one_in(40)
         });
         if !goes {
+            guest.has_worked();
             return cpu.cpu;
         }
         own = cpu.own;
@@ -56,27 +178,37 @@ pub(crate) fn run(guest: &Guest, id: u64) -> SoftVcpu {
 }
 
 impl Cpu<'_> {
-    fn operate(&mut self, value: u64) {
+    fn operate(&mut self, operation: Operation, value: u64) {
         let page = below(OWN);
-        match below(20) {
-            0 | 1 => self.store(page, value),
-            2 | 3 => self.load(),
-            4 | 5 => self.swap_pages(page, below(OWN)),
-            6 => self.swap_tables(),
-            7 => self.map_large(below(2), value),
-            8 => self.take_right(page),
-            9 | 10 if self.id == 0 => self.tell_news(),
-            9..=12 => self.hear_news(),
-            13 => self.somewhere(AWAY + below(8), value),
-            14 => self.somewhere(PASSING + below(8), value),
-            15 => self.somewhere(LARGE + below(4), value),
-            16 => self.fault(page),
-            17 => Guest::load_root(&mut self.cpu, below(2)),
-            18 => {
+        match operation {
+            Operation::Store => self.store(page, value),
+            Operation::Load => self.load(),
+            Operation::Look => self.look_afresh(),
+            Operation::SwapPages => self.swap_pages(page, below(OWN)),
+            Operation::SwapTables => self.swap_tables(),
+            Operation::MapLarge => self.map_large(below(2), value),
+            Operation::TakeRight => self.take_right(page),
+            Operation::TellNews if self.id == 0 => self.tell_news(),
+            Operation::TellNews | Operation::HearNews => self.hear_news(),
+            Operation::Somewhere(first, pages) => self.somewhere(first + below(pages), value),
+            Operation::Fault => self.fault(page),
+            Operation::LoadRoot => Guest::load_root(&mut self.cpu, below(2)),
+            Operation::ToggleWp => {
                 let cr0 = self.cpu.vcpu().regs().cr0;
                 self.cpu.vcpu_mut().set_cr0(cr0 ^ bits::CR0_WP).unwrap();
             }
-            _ => self.cpu.vcpu_mut().reset_context(),
+            Operation::Reset => self.cpu.vcpu_mut().reset_context(),
+            Operation::Point => self.point(),
+            Operation::FlushShared => self.flush_shared(),
+            Operation::StoreShared => self.store_shared(value),
+            Operation::StoreEmulated => self.store_emulated(value),
+            Operation::StorePinned => self.store_pinned(value),
+            Operation::StoreLarge => self.store_large(value),
+            Operation::MoveShared => self.move_shared(),
+            Operation::Patch => self.patch(),
+            Operation::Fetch => _ = self.fetch(),
+            Operation::Device => self.device(),
+            Operation::BehindTable => self.behind_table(),
         }
     }
 
@@ -124,10 +256,24 @@ impl Cpu<'_> {
         }
     }
 
-    /// Writes an entry of a table as guests and devices do.
+    /// Each look is a walk of the shadow tables. Nobody edits the guest's.
+    fn look_afresh(&mut self) {
+        let pages = [0; 4].map(|_| if one_in(3) { LARGE + below(4) } else { below(SHARED) });
+        let user = one_in(2);
+        let mut session = self.cpu.session();
+        for page in pages {
+            session.flush();
+            let seen = session.load_u64(gva(page).wrapping_add(8), user).unwrap();
+            let named = if page < LARGE { data(page).0 / PAGE } else { BLOCKS_AT + page - LARGE };
+            assert_eq!(seen, named, "stale: virtual page {page} is not what it is mapped to");
+        }
+    }
+
+    /// Writes an entry of a table as guests and devices do; only as vCPUs do, if they have rings.
     fn edit(&mut self, entry: Gpa, value: u64) {
         let (at, bytes) = (window(entry), value.to_le_bytes());
-        match below(8) {
+        let way = below(8);
+        match if self.guest.rings().is_some() { way | 2 } else { way } {
             0 => self.guest.write(entry, value),
             1 => {
                 let page = self.guest.mmu.pin_page(Gpa(entry.0 & !(PAGE - 1)), true).unwrap();

@@ -103,9 +103,10 @@ macro_rules! rule {
 }
 #[cfg(loom)]
 macro_rules! rule {
-    ($rule:ident) => {
+    ($rule:ident) => {{
+        const { assert!($crate::sync::rules::has_switch(stringify!($rule))) };
         $crate::sync::rules::in_force(stringify!($rule))
-    };
+    }};
 }
 pub(crate) use rule;
 
