@@ -40,7 +40,6 @@ model!(
     r20_block_meets_a_new_table,
     r20_block_meets_a_new_table_mutant,
     "R20:",
-    2,
     a_block_meets_a_new_table
 );
 

@@ -131,6 +131,5 @@ model!(
     r27_zap_meets_the_end_of_a_slot,
     r27_zap_meets_the_end_of_a_slot_mutant,
     "R27:",
-    2,
     a_zap_meets_the_end_of_a_slot
 );

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guests that write their tables while faults read them: R1, R2, R24, R35, R36.
+//! Guests that write their tables while faults read them: R1, R2, R24, R35, R36; and a store that gets
+//! nowhere: R25.
 #![cfg(loom)]
 
 use loom_tests::{Guest, PAGE, entry, fault, hi, lo, model, spawn, to};
@@ -191,3 +192,34 @@ model!(
     "R36:",
     a_fault_meets_a_write_that_passes_by
 );
+
+/// The fault of this number in a row is emulated, in a model.
+const PATIENCE: u64 = 4;
+
+/// A vCPU's store comes to nothing time after time: what its faults map others take away.
+fn a_store_meets_zaps() {
+    let guest = Guest::new(3, 8);
+    guest.set(0, 0, to(1));
+    guest.set(1, 0, to(2));
+    let mut cpu = guest.soft();
+    // But for the last two times, which are the threads'.
+    while cpu.vcpu().faults() < PATIENCE - 2 {
+        fault(cpu.vcpu_mut(), lo(0), Access::write());
+        guest.forget(1, 0);
+    }
+    let zapper = {
+        let guest = guest.clone();
+        spawn(move || {
+            guest.mmu.zap_all();
+            guest.mmu.zap_all();
+        })
+    };
+    cpu.session().store(lo(0), &7u64.to_le_bytes(), false).unwrap();
+    assert!(cpu.vcpu().faults() <= PATIENCE, "R25: a store gets nowhere");
+    zapper.join().unwrap();
+    assert_eq!(guest.read(Gpa(2 * PAGE)), 7);
+    drop(cpu);
+    guest.audit_clean();
+}
+
+model!(r25_store_meets_zaps, r25_store_meets_zaps_mutant, "R25:", a_store_meets_zaps);

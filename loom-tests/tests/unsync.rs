@@ -89,14 +89,17 @@ model!(r03_native_write_meets_cr3, r03_native_write_meets_cr3_mutant, "R03:", ||
     a_native_write_meets(load_cr3);
 });
 
-/// One vCPU marks a table for a write; another, which finds it marked, writes it and flushes.
-fn two_markers(flush: fn(&mut SoftVcpu)) {
+/// One vCPU marks a table for a write, through the `window` that it has on it; another, which finds it
+/// marked, writes it and flushes.
+fn two_markers(window: Gva, flush: fn(&mut SoftVcpu)) {
     let guest = guest();
+    guest.set(0, 1, to(OTHER));
+    guest.set(OTHER, 0, to(TABLE));
     let (mut a, mut b) = (guest.vcpu(), guest.soft());
     assert_eq!(load(&mut b), BEFORE);
-    let _ = a.fault(lo(0), Access::read());
+    fault(&mut a, window, Access::read());
     let marker = spawn(move || {
-        fault(&mut a, lo(1), Access::write());
+        fault(&mut a, window, Access::write());
         a
     });
     point_at(&mut b, lo(1), AFTER);
@@ -107,11 +110,19 @@ fn two_markers(flush: fn(&mut SoftVcpu)) {
 }
 
 model!(r33_two_markers_meet_invlpg, r33_two_markers_meet_invlpg_mutant, "R33:", 1, || {
-    two_markers(invlpg);
+    two_markers(lo(1), invlpg);
 });
 
 model!(r33_two_markers_meet_a_flush, r33_two_markers_meet_a_flush_mutant, "R33:", 1, || {
-    two_markers(SoftVcpu::flush);
+    two_markers(lo(1), SoftVcpu::flush);
+});
+
+model!(r33_two_windows_meet_invlpg, r33_two_windows_meet_invlpg_mutant, "R33:", 2, || {
+    two_markers(hi(0), invlpg);
+});
+
+model!(r33_two_windows_meet_a_flush, r33_two_windows_meet_a_flush_mutant, "R33:", 2, || {
+    two_markers(hi(0), SoftVcpu::flush);
 });
 
 /// A flush finds a table settled and takes it out of the set of the table above, while a processor
@@ -139,7 +150,7 @@ model!(
     r16_flush_meets_a_marker,
     r16_flush_meets_a_marker_mutant,
     "R16:",
-    1,
+    2,
     a_flush_meets_a_marker
 );
 
@@ -170,6 +181,36 @@ model!(
     settling_meets_a_write
 );
 
+/// The end of it, where the processor is inside and remembers that it could write.
+fn the_end_of_settling_meets_a_write() {
+    let guest = guest();
+    let (mut a, mut b) = (guest.soft(), guest.soft());
+    let mut inside = b.session();
+    inside.store(lo(1), &to(BEFORE).to_le_bytes(), false).unwrap();
+    assert_eq!(inside.load_u64(lo(0), false), Ok(BEFORE));
+    // With the root it is compared, which begins it.
+    assert_eq!(load(&mut a), BEFORE);
+    let settler = spawn(move || {
+        a.flush();
+        a
+    });
+    inside.store(lo(1), &to(AFTER).to_le_bytes(), false).unwrap();
+    inside.flush();
+    let seen = inside.load_u64(lo(0), false);
+    assert_eq!(seen, Ok(AFTER), "R23: a write between comparison and end");
+    drop(inside);
+    drop((settler.join().unwrap(), b));
+    guest.audit("R23", unmarked);
+}
+
+model!(
+    r23_end_of_settling_meets_a_write,
+    r23_end_of_settling_meets_a_write_mutant,
+    "R23:",
+    2,
+    the_end_of_settling_meets_a_write
+);
+
 /// A table is linked below another root while it is written natively for the first time.
 fn a_link_meets_a_marker(flush: fn(&mut SoftVcpu)) {
     let guest = guest();
@@ -191,7 +232,7 @@ fn a_link_meets_a_marker(flush: fn(&mut SoftVcpu)) {
     guest.audit("R34", unmarked);
 }
 
-model!(r34_link_meets_a_marker, r34_link_meets_a_marker_mutant, "R34:", 2, || {
+model!(r34_link_meets_a_marker, r34_link_meets_a_marker_mutant, "R34:", || {
     a_link_meets_a_marker(SoftVcpu::flush);
 });
 
@@ -224,11 +265,11 @@ fn a_link_meets_a_flush(marked: bool, flush: fn(&mut SoftVcpu)) {
     guest.audit("R34", unmarked);
 }
 
-model!(r34_link_meets_invlpg, r34_link_meets_invlpg_mutant, "R34:", 1, || {
+model!(r34_link_meets_invlpg, r34_link_meets_invlpg_mutant, "R34:", 2, || {
     a_link_meets_a_flush(true, invlpg);
 });
 
-model!(r34_link_meets_a_flush, r34_link_meets_a_flush_mutant, "R34:", 1, || {
+model!(r34_link_meets_a_flush, r34_link_meets_a_flush_mutant, "R34:", 2, || {
     a_link_meets_a_flush(true, SoftVcpu::flush);
 });
 
@@ -236,6 +277,6 @@ model!(r34_new_link_meets_invlpg, r34_new_link_meets_invlpg_mutant, "R34:", 2, |
     a_link_meets_a_flush(false, invlpg);
 });
 
-model!(r34_new_link_meets_a_flush, r34_new_link_meets_a_flush_mutant, "R34:", 1, || {
+model!(r34_new_link_meets_a_flush, r34_new_link_meets_a_flush_mutant, "R34:", 2, || {
     a_link_meets_a_flush(false, SoftVcpu::flush);
 });

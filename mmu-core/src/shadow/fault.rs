@@ -219,20 +219,21 @@ impl Attempt<'_> {
         }
         // R31: the map that was walked.
         let map = if rule!(R31) { self.map } else { self.engine.memory.load(self.guard) };
-        let page = map.page(gfn);
+        let found = map.page(gfn);
         let top = index(gva, self.engine.levels());
         let reserved = self.engine.reserved_at(self.engine.levels());
         let reserved = reserved.is_some_and(|(reserved, _)| reserved == top);
         let apic = self.info.apic == Some(gfn);
-        if apic || page.is_none_or(|page| write && page.slot.is_read_only()) {
+        let device = |page: &Page<'_>| apic || write && page.slot.is_read_only();
+        let Some(page) = found.filter(|page| !device(page)) else {
             self.stats.pf_mmio.bump();
-            if page.is_none() && !reserved {
+            if found.is_none() && !reserved {
                 // For the next time. What hinders it hinders nothing else.
                 let table = self.leaf_table(root, &walk, &path, 1);
                 let _ = table.and_then(|(table, step)| self.note_mmio(table, &walk, step));
             }
             return Ok(Outcome::Mmio { gpa: walk.gpa });
-        }
+        };
         if reserved {
             return Ok(Outcome::Reserved);
         }
@@ -241,13 +242,17 @@ impl Attempt<'_> {
             self.stats.pf_emulate.bump();
             return Ok(Outcome::Emulate { gpa: walk.gpa });
         }
-        // A root that became obsolete is not built on: the vCPU loads another on its way back.
-        let (Some(page), true) = (page, self.engine.is_current(root)) else {
-            self.stats.pf_spurious.bump();
-            return Ok(Outcome::Fixed);
-        };
         if page.region().invalid.covers(page.index) {
             return Err(self.invalidated(page));
+        }
+        // R25: a write that gets nowhere is emulated, which needs no entry, nor a root to have it below.
+        if write && self.info.emulate {
+            return Ok(self.refused(page, walk.gpa, write));
+        }
+        // A root that became obsolete is not built on: the vCPU loads another on its way back.
+        if !self.engine.is_current(root) {
+            self.stats.pf_spurious.bump();
+            return Ok(Outcome::Fixed);
         }
         let (level, first) = self.block(map, page, &walk);
         let (table, last) = self.leaf_table(root, &walk, &path, level)?;
@@ -271,6 +276,15 @@ impl Attempt<'_> {
             }
         }
         (1, page)
+    }
+
+    /// An access that no entry is to let through.
+    fn refused(&self, page: Page<'_>, gpa: Gpa, write: bool) -> Outcome {
+        if write && page.region().is_host_read_only(page.index) {
+            return Outcome::HostReadOnly { gpa };
+        }
+        self.stats.pf_emulate.bump();
+        Outcome::Emulate { gpa }
     }
 
     /// The host has taken the page away: wait until it has given back something. The number is read
@@ -459,16 +473,9 @@ impl Attempt<'_> {
                 if level > 1 { entry.large() } else { entry }
             })
         };
-        let refused = || {
-            if write && region.is_host_read_only(index) {
-                return Ok(Outcome::HostReadOnly { gpa: walk.gpa });
-            }
-            self.stats.pf_emulate.bump();
-            Ok(Outcome::Emulate { gpa: walk.gpa })
-        };
-        // No entry lets code be fetched that may not be read: such instructions are emulated. R25: so
-        // are writes that get nowhere.
-        if !allowed.read || self.info.emulate && write {
+        let refused = || Ok(self.refused(page, walk.gpa, write));
+        // No entry lets code be fetched that may not be read: such instructions are emulated.
+        if !allowed.read {
             return refused();
         }
         let at = Location::new(table, super::index(self.info.gva, level));

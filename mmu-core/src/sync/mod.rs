@@ -9,7 +9,7 @@
 //! | facade | normal build | model build |
 //! | --- | --- | --- |
 //! | atomics, [`fence`] | `core` | the checker's |
-//! | `UnsafeCell` | `core` | loom's; with shuttle `core`'s |
+//! | `UnsafeCell` | `core` | loom's, in R15's name; with shuttle `core`'s |
 //! | [`epoch`] | crossbeam-epoch | a checked stand-in, or crossbeam-epoch (over loom; shuttle does not see into it) |
 //! | `ConcurrentMap` | dashmap | an ordered map under the checker's mutex |
 //! | `Door` | arc-swap | a word of the checker's and an `Arc` |
@@ -68,9 +68,32 @@ pub(crate) mod hint {
     pub(crate) use core::sync::atomic::{AtomicBool, AtomicU32};
 }
 
-/// Interior mutability whose every access the model checker sees.
+/// Interior mutability whose every access the model checker sees. What is kept in one is the blocks of
+/// lists, so two threads in one are a failure of R15, and reported as such.
 #[cfg(all(loom, not(shuttle)))]
-pub(crate) use loom::cell::UnsafeCell;
+#[derive(Debug)]
+pub(crate) struct UnsafeCell<T>(loom::cell::UnsafeCell<T>);
+
+#[cfg(all(loom, not(shuttle)))]
+impl<T> UnsafeCell<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(loom::cell::UnsafeCell::new(value))
+    }
+
+    pub(crate) fn with_mut<R>(&self, f: impl FnOnce(*mut T) -> R) -> R {
+        use std::panic::{AssertUnwindSafe, catch_unwind};
+        // loom's check comes before the access. None of what `f` does is a step of the model, so that
+        // nothing comes between.
+        match catch_unwind(AssertUnwindSafe(|| self.0.with_mut(|at| at))) {
+            Ok(at) => f(at),
+            Err(_) => panic!("R15: two threads in one block of a list"),
+        }
+    }
+
+    pub(crate) fn into_inner(self) -> T {
+        self.0.into_inner()
+    }
+}
 
 /// Interior mutability with loom's closure interface.
 #[cfg(any(not(loom), shuttle))]

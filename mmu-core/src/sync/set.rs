@@ -118,7 +118,8 @@ impl Leftover {
     }
 
     fn free(self) {
-        if !self.block.is_null() {
+        // R15: its twin leaves it to whoever came without the lock, and is told of him.
+        if !self.block.is_null() && rule!(R15) {
             // SAFETY: the block came from `Box::into_raw`; it was unlinked under the lock, and nobody
             // looks at a list without the lock.
             drop(unsafe { Box::from_raw(self.block) });
