@@ -5,8 +5,9 @@ mod common;
 
 use common::{Guest, MIB, PAGE, RWU, store};
 use mmu_core::addr::{Gpa, Gva};
+use mmu_core::memory::SlotId;
 use mmu_core::paging::{Access, bits};
-use mmu_core::shadow::{Outcome, Processor};
+use mmu_core::shadow::{Outcome, PageRange, Processor, Stall};
 use mmu_core::vcpu::Vcpu;
 use std::sync::Arc;
 
@@ -72,6 +73,37 @@ fn writes_in_turn_are_never_emulated() {
         assert_eq!(write(&mut vcpu, DATA + time % 2 * PAGE), Outcome::Fixed, "{time}");
         guest.mmu.zap_all();
     }
+    guest.audit();
+}
+
+/// What needs only W was there: the log was taken between two stores.
+#[test]
+fn stores_that_a_log_is_taken_between_are_never_emulated() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, true);
+    guest.map(Gva(DATA), Gpa(0x1000), RWU | bits::A | bits::D);
+    let mut cpu = guest.vcpu();
+    for value in 0..10 * PATIENCE as u64 {
+        store(&mut cpu, DATA, value);
+        assert!(guest.mmu.dirty_log(SlotId(0), &mut [0; 16]).unwrap() > 0);
+    }
+    let stats = guest.mmu.stats();
+    assert_eq!((stats.pf_emulate, stats.pf_fast), (0, 10 * PATIENCE as u64 - 1), "{stats:?}");
+    guest.audit();
+}
+
+/// A fault that waits has not been served in vain.
+#[test]
+fn stalls_are_not_counted() {
+    let guest = guest();
+    let mut vcpu = vcpu(&guest);
+    let range = PageRange::Guest { base: Gpa(0x1000), size: PAGE };
+    let taken = guest.mmu.invalidate(range).unwrap();
+    for _ in 0..4 * PATIENCE {
+        let stalled = vcpu.fault(Gva(DATA), Access::write().user());
+        assert!(matches!(stalled, Err(Stall::Invalidation(_))), "{stalled:?}");
+    }
+    drop(taken);
+    assert_eq!(write(&mut vcpu, DATA), Outcome::Fixed);
     guest.audit();
 }
 

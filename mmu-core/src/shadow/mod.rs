@@ -137,6 +137,8 @@ pub(crate) struct Context {
     /// A table that was linked before has been linked again: the processor may remember entries of it
     /// that have changed meanwhile, and must hear of that before it uses the link.
     pub(crate) relinked: Cell<bool>,
+    /// The last fault found its entry and made it writable again.
+    pub(crate) repaired: Cell<bool>,
     /// What its last faults have mapped.
     windows: Windows,
 }
@@ -191,9 +193,9 @@ impl Engine {
         seats[id] = true;
         self.apply_quota(&lock(&self.quota), &seats);
         let (handle, hint) = (self.collector.register(), Hint::default());
-        let (tags, relinked) = (Cell::new(0), Cell::new(false));
+        let (tags, relinked, repaired) = (Cell::new(0), Cell::new(false), Cell::new(false));
         let windows = Windows::default();
-        Some(Context { handle, hint, id: id as u64, tags, relinked, windows })
+        Some(Context { handle, hint, id: id as u64, tags, relinked, repaired, windows })
     }
 
     /// The vCPU with this context is gone.

@@ -38,8 +38,7 @@ impl Attempt<'_> {
         let met = engine.entry(at);
         // R10: one value for all.
         let old = if rule!(R10) { met } else { engine.entry(at) };
-        let write = info.access.kind == Kind::Write && !info.emulate;
-        if !write || !old.grants_write() || old.is_writable() {
+        if info.access.kind != Kind::Write || !old.grants_write() || old.is_writable() {
             return None;
         }
         let page = self.map.by_machine(met.machine())?;
@@ -69,6 +68,7 @@ impl Attempt<'_> {
         }
         self.stats.pf_fixed.bump();
         self.stats.pf_fast.bump();
+        self.context.repaired.set(true);
         Some(Outcome::Fixed)
     }
 }

@@ -390,6 +390,10 @@ impl Vcpu {
             let info = FaultInfo { mode, regime, root, gva, access, emulate, apic };
             let outcome = self.engine.fault(&self.context, &self.state.stats, &info);
             self.stale |= self.context.relinked.take();
+            // What waits, or finds its entry, is not at its beginning again.
+            if !self.context.repaired.take() && outcome.is_ok() {
+                self.repeats.count();
+            }
             return outcome;
         }
     }
@@ -559,18 +563,24 @@ impl Vcpu {
 #[derive(Debug, Default)]
 struct Repeats {
     last: Option<(Gva, Access)>,
+    /// How often it was served in vain.
     times: u32,
 }
 
 impl Repeats {
+    const MOST: u32 = if cfg!(loom) { 4 } else { 16 };
+
     /// Whether this fault came so often in a row that what it asks for is better emulated than mapped.
     fn is_stuck(&mut self, gva: Gva, access: Access) -> bool {
-        const MOST: u32 = if cfg!(loom) { 4 } else { 16 };
         if self.last.replace((gva, access)) != Some((gva, access)) {
             self.times = 0;
         }
-        self.times += 1;
-        self.times % MOST == 0 && rule!(R25)
+        self.times + 1 == Self::MOST && rule!(R25)
+    }
+
+    /// The last fault was served from the beginning on.
+    fn count(&mut self) {
+        self.times = (self.times + 1) % Self::MOST;
     }
 }
 
