@@ -182,18 +182,19 @@ impl Granted {
 }
 
 /// R35: the guest's entry that lacks its accessed bit, or for a write its dirty bit, because the host
-/// has made the table read-only. A guest whose page changes behind a clear D loses the page. (In a
-/// read-only slot they stay clear for good: R24.)
+/// had made the table read-only when it was walked, whatever it has done since. A guest whose page changes
+/// behind a clear D loses the page. (In a read-only slot they stay clear for good: R24.)
 pub(crate) fn withheld(map: &MemoryMap, path: &Path, write: bool) -> Option<Gpa> {
     let last = path.steps().len().saturating_sub(1);
     let lacking = |(i, step): (usize, &Step)| {
         let needed = bits::A | if write && i == last { bits::D } else { 0 };
         (step.value & needed != needed).then_some(step.entry)
     };
-    path.steps().iter().enumerate().filter_map(lacking).find(|entry| {
-        let host = |page: Page<'_>| !page.slot.is_read_only() && !page.is_writable();
-        map.page(entry.gfn()).is_some_and(host)
-    })
+    path.steps()
+        .iter()
+        .enumerate()
+        .filter_map(lacking)
+        .find(|entry| map.page(entry.gfn()).is_some_and(|page| !page.slot.is_read_only()))
 }
 
 impl Attempt<'_> {
@@ -642,10 +643,7 @@ impl Attempt<'_> {
         let now = self.info.mode.entry_of(word.load(Ordering::Acquire), step.entry);
         let flags = bits::A | bits::D;
         let needed = bits::A | if writable { bits::D } else { 0 };
-        // R35: a walk that found the table read-only has set no A. If the host has made it writable
-        // since, whoever did that may have passed this entry's page already.
-        let marked = now & bits::A != 0 || !table.is_writable();
-        let kept = step.value & needed & !now == 0 && marked;
+        let kept = step.value & needed & !now == 0;
         (now | flags) == (step.value | flags) && (kept || !rule!(R35))
     }
 }
