@@ -38,7 +38,8 @@ impl Attempt<'_> {
         let met = engine.entry(at);
         // R10: one value for all.
         let old = if rule!(R10) { met } else { engine.entry(at) };
-        if info.access.kind != Kind::Write || !old.grants_write() || old.is_writable() {
+        let write = info.access.kind == Kind::Write && !info.emulate;
+        if !write || !old.grants_write() || old.is_writable() {
             return None;
         }
         let page = self.map.by_machine(met.machine())?;

@@ -390,9 +390,10 @@ impl Vcpu {
             let info = FaultInfo { mode, regime, root, gva, access, emulate, apic };
             let outcome = self.engine.fault(&self.context, &self.state.stats, &info);
             self.stale |= self.context.relinked.take();
-            // What waits, or finds its entry, is not at its beginning again.
-            if !self.context.repaired.take() && outcome.is_ok() {
-                self.repeats.count();
+            let repaired = self.context.repaired.take();
+            // What only waits has not been served.
+            if outcome.is_ok() {
+                self.repeats.count(repaired);
             }
             return outcome;
         }
@@ -563,24 +564,28 @@ impl Vcpu {
 #[derive(Debug, Default)]
 struct Repeats {
     last: Option<(Gva, Access)>,
-    /// How often it was served in vain.
+    /// How often it was served, in repairs.
     times: u32,
 }
 
 impl Repeats {
     const MOST: u32 = if cfg!(loom) { 4 } else { 16 };
+    /// What a fault that was served from the beginning on counts for. One that found its entry there but
+    /// for W most often comes of a harvest of the log, and the access was made since the one before.
+    const REPAIRS: u32 = 64;
 
     /// Whether this fault came so often in a row that what it asks for is better emulated than mapped.
     fn is_stuck(&mut self, gva: Gva, access: Access) -> bool {
         if self.last.replace((gva, access)) != Some((gva, access)) {
             self.times = 0;
         }
-        self.times + 1 == Self::MOST && rule!(R25)
+        self.times >= (Self::MOST - 1) * Self::REPAIRS && rule!(R25)
     }
 
-    /// The last fault was served from the beginning on.
-    fn count(&mut self) {
-        self.times = (self.times + 1) % Self::MOST;
+    /// The last fault was served, by a repair or from the beginning on.
+    fn count(&mut self, repaired: bool) {
+        let times = self.times + if repaired { 1 } else { Self::REPAIRS };
+        self.times = if times < Self::MOST * Self::REPAIRS { times } else { 0 };
     }
 }
 
