@@ -17,6 +17,7 @@
 
 use super::flush::Generation;
 use super::location::{FrameId, Location};
+use super::names::{Name, table_of};
 use super::role::{Key, Regime};
 use super::spte::Spte;
 use super::stats::Stats;
@@ -337,7 +338,7 @@ impl Attempt<'_> {
             let top = if pae { 2 } else { mode.levels() };
             let below = role.below_upper(top).behind(index);
             let gfn = match pae && !below.is_upper() {
-                true => Gpa(mode.pdptrs()[index % 4] & bits::ADDR).gfn(),
+                true => table_of(mode.pdptrs(), index),
                 false => page.gfn(),
             };
             return Key::new(gfn, below);
@@ -394,7 +395,7 @@ impl Attempt<'_> {
                 backoff.wait();
                 continue;
             }
-            let child = engine.get_or_make(self.stats, self.guard, self.map, key)?;
+            let child = engine.get_or_make(self.stats, self.guard, self.map, Name::Key(key))?;
             let below = engine.frames.page(child);
             let direct = key.role().is_direct();
             if direct && level == 2 && below.parents.is_empty() {

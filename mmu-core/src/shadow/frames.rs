@@ -45,6 +45,8 @@ pub(crate) struct ShadowPage {
     key: AtomicU64,
     /// Machine address of the guest table, to find its slot after the slot has left the map (R27).
     home: AtomicU64,
+    /// What a root of PAE paging stands for; stable as the key.
+    pdptrs: [AtomicU64; 4],
     pub(crate) state: AtomicU32,
     /// Flush generation after which no processor can write the guest table (R1).
     pub(crate) protected: AtomicU64,
@@ -76,6 +78,7 @@ impl Default for ShadowPage {
         Self {
             key: AtomicU64::new(0),
             home: AtomicU64::new(0),
+            pdptrs: Default::default(),
             state: AtomicU32::new(state::FREE),
             protected: AtomicU64::new(UNPROTECTED.0),
             parents: LocationSet::default(),
@@ -99,6 +102,10 @@ impl ShadowPage {
 
     pub(crate) fn home(&self) -> Machine {
         Machine(self.home.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn pdptrs(&self) -> [u64; 4] {
+        self.pdptrs.each_ref().map(|register| register.load(Ordering::Relaxed))
     }
 
     /// Shadow generation it was made in; stable while it is not free.
@@ -347,6 +354,14 @@ impl Frames {
             self.entry(Location::new(frame, index)).store(Spte::EMPTY.0, Ordering::Relaxed);
         }
         Some(frame)
+    }
+
+    /// Says what the page to be made of an allocated frame will stand for.
+    pub(super) fn stands_for(&self, frame: FrameId, pdptrs: [u64; 4]) {
+        for (register, value) in self.page(frame).pdptrs.iter().zip(pdptrs) {
+            // Relaxed: `claim` publishes it with the key.
+            register.store(value, Ordering::Relaxed);
+        }
     }
 
     /// Makes a page of an allocated frame.

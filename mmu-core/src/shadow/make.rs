@@ -1,47 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Shadow pages in the making: found by their key or made, with the guest table behind them protected
+//! Shadow pages in the making: found by their name or made, with the guest table behind them protected
 //! before anything is derived from it.
 
 use super::fault::Retry;
 use super::flush::Generation;
 use super::frames::{PROTECTED, UNPROTECTED};
 use super::location::{FrameId, Location};
-use super::role::{GFN_BITS, Key, Regime, Role};
+use super::names::Name;
 use super::stats::Stats;
 use super::{Context, Engine, Stall};
-use crate::addr::Gfn;
 use crate::memory::MemoryMap;
-use crate::paging::PagingMode;
 use crate::sync::epoch::Guard;
 use crate::sync::{Backoff, Ordering, fence, rule};
 
 impl Engine {
-    /// The root page for a guest root table, with the caller counted as its user (R19); `None` if the
-    /// guest's table lies in no slot.
+    /// The root page of this name, with the caller counted as its user (R19); `None` if the guest's table
+    /// lies in no slot.
     pub(crate) fn load_root(
         &self,
         context: &Context,
         stats: &Stats,
-        mode: &PagingMode,
-        regime: Regime,
+        name: Name,
     ) -> Result<Option<FrameId>, Stall> {
         let guard = context.handle.pin();
         let map = self.memory.load(&guard);
-        let role = Role::root(self.levels(), regime, mode.entry_format());
-        let role = if mode.levels() < self.levels() { role.upper() } else { role };
-        let key = if !mode.is_paging() {
-            Key::new(Gfn(0), role.direct())
-        } else if role.has_home() {
-            Key::new(mode.root(), role)
-        } else {
-            self.number(role)
-        };
         stats.root_loads.bump();
         loop {
-            if key.role().has_home() && map.slot(key.gfn()).is_none() {
+            if name.home().is_some_and(|table| map.slot(table).is_none()) {
                 return Ok(None);
             }
-            match self.get_or_make(stats, &guard, map, key) {
+            match self.get_or_make(stats, &guard, map, name) {
                 Ok(frame) => {
                     // R19: within the read section that found it, so the frame is still its.
                     self.hold_root(frame);
@@ -53,24 +41,12 @@ impl Engine {
         }
     }
 
-    /// A key that no page has, for one that stands for registers.
-    fn number(&self, role: Role) -> Key {
-        loop {
-            // Relaxed: nothing but the number.
-            let number = self.registers.fetch_add(1, Ordering::Relaxed) & ((1 << GFN_BITS) - 1);
-            let key = Key::new(Gfn(number), role);
-            if self.pages.get(&key).is_none() {
-                return key;
-            }
-        }
-    }
-
     /// Counts a vCPU as user of a root that it had before, if the frame still has that page.
-    pub(crate) fn hold_again(&self, context: &Context, frame: FrameId, key: Key) -> bool {
+    pub(crate) fn hold_again(&self, context: &Context, frame: FrameId, name: Name) -> bool {
         let _guard = context.handle.pin();
         let page = self.frames.page(frame);
-        // R19: live within this read section.
-        let current = self.is_current(frame) && page.key() == key;
+        // R19: live within this read section, and so still what it was.
+        let current = self.is_current(frame) && self.name_of(frame, page.key()) == name;
         if current {
             page.touch();
             self.hold_root(frame);
@@ -78,22 +54,17 @@ impl Engine {
         current
     }
 
-    /// What the page in the frame is.
-    pub(crate) fn key_of(&self, frame: FrameId) -> Key {
-        self.frames.page(frame).key()
-    }
-
     pub(super) fn get_or_make(
         &self,
         stats: &Stats,
         guard: &Guard<'_>,
         map: &MemoryMap,
-        key: Key,
+        name: Name,
     ) -> Result<FrameId, Retry> {
         let mut backoff = Backoff::default();
         let mut made = None;
         loop {
-            if let Some(frame) = self.pages.get(&key) {
+            if let Some(frame) = self.pages.get(&name) {
                 // In the hash within this read section, so the frame has not been reused.
                 let page = self.frames.page(frame);
                 if self.is_current(frame) {
@@ -110,7 +81,7 @@ impl Engine {
                     self.zap(guard, frame);
                 }
                 // Being torn down: help it out of the hash.
-                self.pages.remove_if_equal(&key, frame);
+                self.pages.remove_if_equal(&name, frame);
                 backoff.wait();
                 continue;
             }
@@ -118,18 +89,18 @@ impl Engine {
                 Some(frame) => frame,
                 None => {
                     let frame = self.frame_for(guard).map_err(Retry::Stall)?;
-                    self.populate(map, key, frame)?;
+                    self.populate(map, name, frame)?;
                     made = Some(frame);
                     frame
                 }
             };
             // R06: insert if absent.
-            if self.pages.insert_if_absent(key, frame).is_ok() {
+            if self.pages.insert_if_absent(name, frame).is_ok() {
                 if !self.is_current(frame) {
                     // A slot's removal found it by its guest frame before it was in the hash, or it
                     // became obsolete in the making.
                     self.zap(guard, frame);
-                    self.pages.remove_if_equal(&key, frame);
+                    self.pages.remove_if_equal(&name, frame);
                     return Err(Retry::Again);
                 }
                 stats.mmu_cache_miss.bump();
@@ -139,12 +110,16 @@ impl Engine {
     }
 
     /// Makes a page of a fresh frame, not yet in the hash.
-    fn populate(&self, map: &MemoryMap, key: Key, frame: FrameId) -> Result<(), Retry> {
+    fn populate(&self, map: &MemoryMap, name: Name, frame: FrameId) -> Result<(), Retry> {
+        let key = self.key_for(name);
         // Read when the frame is allocated already: if it is an old one by now, the round of
         // obsolete pages includes the frame. Acquire pairs with `zap_all`.
         let born = self.shadow_generation.load(Ordering::Acquire);
         let role = key.role();
         if !role.has_home() {
+            if let Some(pdptrs) = name.pdptrs() {
+                self.frames.stands_for(frame, pdptrs);
+            }
             self.frames.claim(frame, key, crate::addr::Machine(0), born);
         } else {
             let Some(home) = map.page(key.gfn()) else {

@@ -28,6 +28,7 @@ mod host;
 mod location;
 mod make;
 mod mmio;
+mod names;
 mod protect;
 mod reclaim;
 mod repair;
@@ -49,8 +50,9 @@ pub use stats::StatsSnapshot;
 
 pub(crate) use fault::{FaultInfo, withheld};
 pub(crate) use flush::{Cursor, VcpuState, request};
+pub(crate) use names::Name;
 pub(crate) use reclaim::MIN_FRAMES;
-pub(crate) use role::{Key, Regime};
+pub(crate) use role::Regime;
 pub(crate) use spte::Spte;
 pub(crate) use stats::Stats;
 
@@ -58,13 +60,13 @@ use crate::addr::{ENTRIES, Gfn, Gva, INDEX_BITS, Machine, PAGE_SHIFT};
 use crate::memory::{Backing, Hint, Memory};
 use crate::sync::epoch::{Collector, Guard, Handle, Pool};
 use crate::sync::{
-    AtomicU64, CachePadded, ConcurrentMap, Mutex, Ordering, Sequence, fence, hint, lock, rule,
-    unique,
+    AtomicU64, CachePadded, Mutex, Ordering, Sequence, fence, hint, lock, rule, unique,
 };
 use around::Windows;
 use core::cell::Cell;
 use flush::{Flush, Narrowing};
 use frames::Frames;
+use names::Pages;
 use reclaim::{FRAMES_PER_VCPU, Quota};
 use role::Role;
 use std::sync::Arc;
@@ -78,11 +80,9 @@ pub(crate) struct Engine {
     pub(crate) handles: CachePadded<Pool>,
     pub(crate) flush: Flush,
     frames: Arc<Frames>,
-    /// Live shadow pages by (gfn, role).
-    pages: ConcurrentMap<Key, FrameId>,
+    /// Live shadow pages by (gfn, role), or by PDPTE registers.
+    pages: Pages,
     shape: Shape,
-    /// Numbers the pages that stand for PDPTE registers.
-    registers: AtomicU64,
     /// Serialises the writers of the memory map.
     writer: CachePadded<Mutex<()>>,
     /// Where the local APICs of vCPUs answer, a frame for each vCPU that has said so. Locked after
@@ -160,9 +160,8 @@ impl Engine {
             collector,
             flush: Flush::new(),
             frames: Arc::new(Frames::new(tables)),
-            pages: ConcurrentMap::new(),
+            pages: Pages::new(),
             shape,
-            registers: AtomicU64::new(0),
             writer: Mutex::new(()).into(),
             apics: Mutex::new(Vec::new()),
             hand: hint::AtomicU32::new(0).into(),

@@ -76,8 +76,8 @@ impl Regime {
 ///   table has room for (a half at level 1, a quarter at level 2);
 /// * *direct*: a stretch of memory, below a large guest page or without paging;
 /// * *upper*: no table, but the levels that the guest's format lacks above its own root. In PAE
-///   paging these stand for the PDPTE registers, and the page's frame number is its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///   paging these stand for the PDPTE registers, and the page's frame number is its root's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Role(u32);
 
 impl Role {
@@ -195,7 +195,12 @@ impl Role {
 
     /// Whether the page belongs to a guest table, whose memory must stay: the upper pages above it do.
     pub(crate) const fn has_home(self) -> bool {
-        !(self.is_direct() || self.is_upper() && self.format().is_pae())
+        !(self.is_direct() || self.stands_for_registers())
+    }
+
+    /// Whether the page, and with it the root of its tree, stands for PDPTE registers.
+    pub(crate) const fn stands_for_registers(self) -> bool {
+        self.is_upper() && self.format().is_pae()
     }
 
     pub(crate) const fn writes(self) -> bool {

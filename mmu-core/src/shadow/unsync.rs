@@ -458,7 +458,8 @@ mod tests {
             let regs = Regs::long_mode(0x1000);
             let (mode, regime) = (PagingMode::new(&regs).unwrap(), Regime::of(&regs, true));
             let stats = Stats::default();
-            let root = engine.load_root(&context, &stats, &mode, regime).unwrap().unwrap();
+            let name = engine.name_of_root(&mode, regime);
+            let root = engine.load_root(&context, &stats, name).unwrap().unwrap();
             let setup = Self { engine, context, mode, regime, root, memory };
             setup.fault(DATA, Access::read().user());
             setup.fault(WINDOW, Access::write().user());

@@ -23,7 +23,7 @@ impl Engine {
             .compare_exchange(state::LIVE, state::ZAPPING, Ordering::AcqRel, Ordering::Relaxed)
             .ok()?;
         let key = page.key();
-        self.pages.remove_if_equal(&key, frame);
+        self.pages.remove_if_equal(&self.name_of(frame, key), frame);
         // R17: mark, fence, then look at parents. Pairs with the fence of the fault that links the
         // page. R19: a vCPU that has it as root finds it dead when it enters or faults, and keeps
         // the frame until it runs on another root.

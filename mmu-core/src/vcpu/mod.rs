@@ -73,7 +73,7 @@ use crate::shadow::{
 };
 use crate::sync::{Backoff, lock, rule};
 use core::fmt;
-use roots::{Recent, Space};
+use roots::Recent;
 use std::sync::Arc;
 
 /// Why a vCPU, or new registers for it, were refused; an existing vCPU keeps the old ones.
@@ -404,19 +404,17 @@ impl Vcpu {
         self.release_dead_roots();
         let held = &mut self.roots[usize::from(user)];
         if held.is_none() {
-            let (engine, context, mode) = (&self.engine, &self.context, &self.mode);
-            let regime = Regime::of(&self.regs, user);
-            let space = Space::of(mode, regime);
-            let known = self.recent.find(&space);
-            let again = known.filter(|(frame, key)| engine.hold_again(context, *frame, *key));
-            *held = match again {
-                Some((frame, _)) => Some(frame),
-                None => engine.load_root(context, &self.state.stats, mode, regime)?,
+            let (engine, context) = (&self.engine, &self.context);
+            let name = engine.name_of_root(&self.mode, Regime::of(&self.regs, user));
+            let known = self.recent.find(&name);
+            *held = match known.filter(|frame| engine.hold_again(context, *frame, name)) {
+                Some(frame) => Some(frame),
+                None => engine.load_root(context, &self.state.stats, name)?,
             };
             if let Some(root) = *held {
                 // What a load of CR3 flushes.
                 engine.sync_root(context, &self.state.stats, root);
-                self.recent.remember(space, root, engine.key_of(root));
+                self.recent.remember(name, root);
                 self.show_roots();
             }
         }

@@ -7,6 +7,7 @@ mod tests;
 
 use super::frames::{PROTECTED, state};
 use super::location::{FrameId, Location};
+use super::names::table_of;
 use super::role::Key;
 use super::spte::Spte;
 use super::{Engine, Role, shift};
@@ -27,6 +28,8 @@ struct Audit<'a> {
     hint: Hint,
     /// Links that the tables say there should be.
     expected: BTreeMap<Link, usize>,
+    /// What the roots of PAE paging stand for, by their numbers.
+    registers: BTreeMap<Gfn, [u64; 4]>,
     report: AuditReport,
 }
 
@@ -43,8 +46,19 @@ impl Engine {
             map: self.memory.load(guard),
             hint: Hint::default(),
             expected: BTreeMap::new(),
+            registers: BTreeMap::new(),
             report: AuditReport::default(),
         };
+        for (name, frame) in self.pages.entries() {
+            let page = self.frames.page(frame);
+            let key = page.key();
+            if !page.is_live() || self.name_of(frame, key) != name {
+                return Err(Disagreement::Hash { frame: frame.0, gfn: key.gfn() });
+            }
+            if let Some(pdptrs) = name.pdptrs() {
+                audit.registers.insert(key.gfn(), pdptrs);
+            }
+        }
         let mut used = 0;
         let roots = self.flush.roots();
         for (frame, page) in self.frames.used() {
@@ -67,12 +81,6 @@ impl Engine {
         if counts != (used, audit.report.retired) {
             return Err(Disagreement::Quota { counted: counts.0, used });
         }
-        for (key, frame) in self.pages.entries() {
-            let page = self.frames.page(frame);
-            if !page.is_live() || page.key() != key {
-                return Err(Disagreement::Hash { frame: frame.0, gfn: key.gfn() });
-            }
-        }
         audit.links()?;
         Ok(audit.report)
     }
@@ -81,7 +89,7 @@ impl Engine {
 impl Audit<'_> {
     fn live(&mut self, frame: FrameId, key: Key) -> Result<(), Disagreement> {
         self.report.pages += 1;
-        if self.engine.pages.get(&key) != Some(frame) {
+        if self.engine.pages.get(&self.engine.name_of(frame, key)) != Some(frame) {
             return Err(Disagreement::Hash { frame: frame.0, gfn: key.gfn() });
         }
         let role = key.role();
@@ -194,12 +202,17 @@ impl Audit<'_> {
         let (role, below) = (key.role(), below.key());
         let covered = INDEX_BITS * (u32::from(role.level()) - 1);
         if role.is_upper() {
-            // PDPTE registers are the vCPUs': what they held is in no memory.
-            let registers = role.format().is_pae() && below.role().is_indirect();
             let same = below.role() == role.below_upper(0)
                 || below.role() == role.below_upper(role.level()).behind(at.index());
-            return (!same || !registers && below.gfn() != key.gfn())
-                .then_some("points at a page for another root");
+            let table = match role.stands_for_registers() && below.role().is_indirect() {
+                // Of a root that is gone the values are in no memory.
+                true => match self.registers.get(&key.gfn()) {
+                    Some(pdptrs) => table_of(pdptrs, at.index()),
+                    None => below.gfn(),
+                },
+                false => key.gfn(),
+            };
+            return (!same || below.gfn() != table).then_some("points at a page for another root");
         }
         if role.is_direct() {
             let gfn = Gfn(key.gfn().0 + ((at.index() as u64) << covered));

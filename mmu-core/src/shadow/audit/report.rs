@@ -25,12 +25,13 @@ pub enum Disagreement {
     /// Operations are in flight: the audit needs a quiescent engine.
     #[error("{0} narrowings are in flight: the engine is not quiescent")]
     NotQuiescent(u64),
-    /// A live page is not found by its key, or the hash finds one that is not live.
+    /// A live page is not found by its key, or by the PDPTE registers that it stands for, or the hash finds
+    /// one that is not live.
     #[error("the hash and the page in frame {frame} (guest frame {gfn}) disagree")]
     Hash {
         /// The page's frame.
         frame: u32,
-        /// What it shadows.
+        /// What it shadows; of a root of PAE paging its number.
         gfn: Gfn,
     },
     /// An entry is pending or frozen although nothing is in flight.

@@ -5,7 +5,7 @@ use super::*;
 use crate::addr::{Gpa, Gva, LEVELS};
 use crate::memory::{AllocatedMemory, Backing, SlotConfig, SlotFlags, SlotId};
 use crate::paging::Regs;
-use crate::shadow::{Processor, Shape};
+use crate::shadow::{Name, Processor, Shape};
 use crate::sync::epoch::Collector;
 use crate::vcpu::{SoftVcpu, Vcpu};
 use std::sync::Arc;
@@ -90,6 +90,11 @@ impl Setup {
     fn slot(&self) -> Arc<crate::memory::Slot> {
         Arc::clone(self.engine.memory.snapshot().by_id(SlotId(0)).unwrap())
     }
+}
+
+/// What the page in the frame is found by.
+fn named(engine: &Engine, frame: FrameId) -> Name {
+    engine.name_of(frame, engine.frames.page(frame).key())
 }
 
 /// What the audit says after `spoil`.
@@ -185,9 +190,45 @@ fn wrong_counts_are_found() {
     assert!(matches!(block, Disagreement::Count { level: 2, counted: 4, .. }), "{block}");
     let hash = found(|setup| {
         let (_, child) = setup.link();
-        setup.engine.pages.remove_if_equal(&setup.engine.key_of(child), child);
+        setup.engine.pages.remove_if_equal(&named(&setup.engine, child), child);
     });
     assert!(matches!(hash, Disagreement::Hash { .. }), "{hash}");
+}
+
+/// A root of PAE paging that is found by other values than it stands for, or leads elsewhere than they say.
+#[test]
+fn wrong_registers_are_found() {
+    let setup = Setup::new(false);
+    let engine = &setup.engine;
+    let pae = |pdptrs| Regs { cr4: bits::CR4_PAE, efer: 0, pdptrs, ..Regs::long_mode(0x1000) };
+    let regs = pae([0x3001, 0, 0, 0]);
+    let vcpu = Vcpu::new(Arc::clone(engine), Arc::new(Unkicked), regs).unwrap();
+    let mut cpu = SoftVcpu::new(vcpu);
+    cpu.session().load(DATA, &mut [0], true).unwrap();
+    setup.audit().unwrap();
+    let roots = engine.flush.roots();
+    let root = roots.into_iter().find(|root| named(engine, *root).pdptrs().is_some()).unwrap();
+    let name = named(engine, root);
+    // Nothing below entry 3 was used.
+    for (wrong, leads_astray) in [([0x3001, 0, 0, 1], false), ([0x2001, 0, 0, 0], true)] {
+        engine.frames.stands_for(root, wrong);
+        let why = setup.audit().unwrap_err();
+        assert!(matches!(why, Disagreement::Hash { frame, .. } if frame == root.0), "{why}");
+        assert!(engine.pages.remove_if_equal(&name, root));
+        let other = named(engine, root);
+        engine.pages.insert_if_absent(other, root).unwrap();
+        let another = "points at a page for another root";
+        let audit = setup.audit();
+        let found = matches!(audit, Err(Disagreement::Entry { why, .. }) if why == another);
+        assert_eq!((found, audit.is_ok()), (leads_astray, !leads_astray), "{audit:?}");
+        // As it was; and a name too many.
+        engine.frames.stands_for(root, [0x3001, 0, 0, 0]);
+        engine.pages.insert_if_absent(name, root).unwrap();
+        let why = setup.audit().unwrap_err();
+        assert!(matches!(why, Disagreement::Hash { .. }), "{why}");
+        assert!(engine.pages.remove_if_equal(&other, root));
+        setup.audit().unwrap();
+    }
 }
 
 #[test]
@@ -204,7 +245,7 @@ fn a_table_that_was_torn_down_by_half_is_found() {
     let why = found(|setup| {
         let (_, child) = setup.link();
         let page = setup.engine.frames.page(child);
-        setup.engine.pages.remove_if_equal(&page.key(), child);
+        setup.engine.pages.remove_if_equal(&named(&setup.engine, child), child);
         page.state.store(state::ZAPPING, Ordering::Relaxed);
     });
     assert!(matches!(why, Disagreement::Entry { why: "points at a dead page", .. }), "{why}");
