@@ -12,7 +12,7 @@ use std::time::Instant;
 /// Preemptions explored unless told otherwise.
 const PREEMPTIONS: usize = 3;
 /// Steps of one execution: a model that runs longer spins.
-const BRANCHES: usize = 4000;
+const BRANCHES: usize = 5000;
 
 /// Explores `model` with up to three preemptions, or as many as `LOOM_MAX_PREEMPTIONS` says. Never
 /// unbounded.
