@@ -4,9 +4,10 @@
 
 mod common;
 
-use common::{Guest, MIB, PAGE, RWU, load, store};
+use common::{Guest, MIB, PAGE, RWU, load, reason, store};
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{DirtyMode, DirtyPage, DirtyRing, SlotFlags, SlotId, runs};
+use mmu_core::paging::{Reason, Regs, bits};
 use mmu_core::vcpu::{SoftExit, SoftVcpu};
 use mmu_core::{DirtyLogError, Mmu};
 use std::sync::Arc;
@@ -32,6 +33,14 @@ fn pages(bitmap: &[u64]) -> Vec<u64> {
 fn harvest(mmu: &Mmu) -> Vec<u64> {
     let mut bitmap = [!0; WORDS];
     let count = mmu.dirty_log(SLOT, &mut bitmap).unwrap();
+    let pages = pages(&bitmap);
+    assert_eq!(pages.len() as u64, count);
+    pages
+}
+
+fn peek(mmu: &Mmu) -> Vec<u64> {
+    let mut bitmap = [!0; WORDS];
+    let count = mmu.peek_dirty_log(SLOT, &mut bitmap).unwrap();
     let pages = pages(&bitmap);
     assert_eq!(pages.len() as u64, count);
     pages
@@ -93,11 +102,7 @@ fn a_log_can_be_looked_at_and_cleared_in_parts() {
         for page in [3, 70, 200] {
             store(&mut cpu, page * PAGE, 1);
         }
-        let peek = || {
-            let mut bitmap = [0; WORDS];
-            guest.mmu.peek_dirty_log(SLOT, &mut bitmap).unwrap();
-            data(pages(&bitmap))
-        };
+        let peek = || data(peek(&guest.mmu));
         assert_eq!((peek(), peek()), (vec![3, 70, 200], vec![3, 70, 200]));
         assert_eq!(guest.mmu.clear_dirty_log(SLOT, 64, &[1 << 6 | 1 << 9]), Ok(1));
         assert_eq!(peek(), [3, 200]);
@@ -164,6 +169,7 @@ fn a_page_pinned_for_writing_is_in_every_harvest() {
     let pinned = guest.mmu.pin_page(Gpa(5 * PAGE), true).unwrap();
     let read = guest.mmu.pin_page(Gpa(6 * PAGE), false).unwrap();
     assert_eq!((harvest(&guest.mmu), harvest(&guest.mmu)), (vec![5], vec![5]));
+    assert_eq!(peek(&guest.mmu), [5], "and whoever only looks");
     let again = guest.mmu.pin_page(Gpa(5 * PAGE), true).unwrap();
     drop(pinned);
     assert_eq!(harvest(&guest.mmu), [5]);
@@ -171,6 +177,101 @@ fn a_page_pinned_for_writing_is_in_every_harvest() {
     drop((again, read));
     assert_eq!(harvest(&guest.mmu), [5], "once more after its release");
     assert_eq!(harvest(&guest.mmu), [0; 0]);
+}
+
+/// A harvest protects a page; then the guest takes W or D from its entry, natively or not. The right to
+/// write is not given back as it was.
+#[test]
+fn a_harvested_page_has_the_rights_that_the_guest_left() {
+    let (window, edit) = (Gva(6 * PAGE), Gva(0x40_0000));
+    let full = (5 * PAGE) | RWU | bits::A | bits::D;
+    for (taken, native) in [(bits::RW, false), (bits::RW, true), (bits::D, false), (bits::D, true)]
+    {
+        let guest = guest(DirtyMode::WriteProtect);
+        guest.map(window, Gpa(0), full);
+        let entry = guest.entry(guest.root, window, 1);
+        guest.map(edit, Gpa(entry.0 & !0xfff), RWU);
+        let mut cpu = guest.vcpu();
+        let write = |cpu: &mut SoftVcpu, value| {
+            match native {
+                true => store(cpu, edit.0 + entry.0 % PAGE, value),
+                false => guest.write(entry, value),
+            }
+            cpu.session().invlpg(window);
+        };
+        write(&mut cpu, full);
+        store(&mut cpu, window.0, 1);
+        assert_eq!(data(harvest(&guest.mmu)), [5]);
+        write(&mut cpu, full & !taken);
+        let stored = cpu.session().store(window, &[2], true);
+        if taken == bits::RW {
+            assert_eq!(reason(stored), Reason::Write, "native: {native}");
+        } else {
+            assert_eq!(stored, Ok(()));
+            assert_eq!(guest.read(entry) & bits::D, bits::D, "native: {native}");
+        }
+        assert_eq!(data(harvest(&guest.mmu)).is_empty(), taken == bits::RW);
+        guest.audit();
+    }
+}
+
+/// An entry that is made anew with more rights is as dirty as it was.
+#[test]
+fn a_page_stays_dirty_when_its_entry_gets_another_right() {
+    let guest = guest(DirtyMode::DirtyBits);
+    let used = (5 * PAGE) | RWU | bits::A | bits::D;
+    guest.map(Gva(5 * PAGE), Gpa(0), used | bits::NX);
+    let regs = Regs { efer: guest.regs().efer | bits::EFER_NXE, ..guest.regs() };
+    let mut cpu = guest.mmu.create_soft_vcpu(regs).unwrap();
+    load(&mut cpu, 5 * PAGE);
+    assert_eq!(data(harvest(&guest.mmu)), [0; 0]);
+    store(&mut cpu, 5 * PAGE, 1);
+    guest.map(Gva(5 * PAGE), Gpa(0), used);
+    // No flush: the fetch faults, and finds the right in the guest's entry.
+    cpu.session().fetch(Gva(5 * PAGE), &mut [0], true).unwrap();
+    assert_eq!(data(harvest(&guest.mmu)), [5]);
+    guest.audit();
+}
+
+/// Nor is a page dirty that the guest has written before, and only reads now.
+#[test]
+fn a_page_that_is_read_is_not_dirty() {
+    for dirty in [DirtyMode::WriteProtect, DirtyMode::DirtyBits] {
+        let guest = guest(dirty);
+        guest.map(Gva(5 * PAGE), Gpa(5 * PAGE), RWU | bits::A | bits::D);
+        assert_eq!(data(harvest(&guest.mmu)), [0; 0]);
+        load(&mut guest.vcpu(), 5 * PAGE);
+        assert_eq!(data(harvest(&guest.mmu)), [0; 0], "{dirty:?}");
+        guest.audit();
+    }
+}
+
+/// When the reset of a page has returned, a write to it by a vCPU that never came out is in the log again.
+#[test]
+fn a_reset_page_is_logged_again_under_a_running_vcpu() {
+    let guest = guest(DirtyMode::WriteProtect);
+    let mut cpu = guest.vcpu();
+    let (inside, reset) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            while !inside.load(Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+            let page = DirtyPage { slot: SLOT, page: 5 };
+            assert_eq!(guest.mmu.reset_dirty_pages(&[page]), Ok(1));
+            reset.store(true, Ordering::Release);
+        });
+        let mut session = cpu.session();
+        let mut write = || session.store(Gva(5 * PAGE), &[1], true).unwrap();
+        write();
+        inside.store(true, Ordering::Release);
+        while !reset.load(Ordering::Acquire) {
+            write();
+        }
+        write();
+    });
+    assert_eq!(data(harvest(&guest.mmu)), [5]);
+    guest.audit();
 }
 
 /// A copy made by rounds of any kind of harvest, by two threads at once, while vCPUs write and the log

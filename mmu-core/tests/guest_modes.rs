@@ -49,6 +49,8 @@ const PAGES: [u64; 5] = [0, PAGE, 5 * PAGE, 0x10_0000, 0x1f_f000];
 const PASSING: SlotId = SlotId(2);
 const PASSING_AT: [u64; 3] = [64 * MIB, 8 * MIB, 65 * MIB];
 const ALIAS_AT: u64 = 9 * MIB;
+const LOGS: [DirtyMode; 4] =
+    [DirtyMode::Off, DirtyMode::Off, DirtyMode::WriteProtect, DirtyMode::DirtyBits];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -98,6 +100,8 @@ struct World {
     /// Pages written since their slot's log was taken.
     written: BTreeSet<(SlotId, u64)>,
     recent: Vec<Gva>,
+    /// On the way to which an entry has just changed.
+    changed: Option<Gva>,
     /// Accesses that went through, or to a device, and faults.
     counts: [u64; 3],
 }
@@ -109,9 +113,11 @@ impl World {
         let tables = Arc::new(AllocatedMemory::at(frames * PAGE, Machine(8 * TIB)));
         let config = Config::new(tables).levels(levels).largest_page(largest);
         let mmu = Mmu::new(config).unwrap();
-        let slot = |id, base, size, machine| {
+        let mut slot = |id, base, size, machine| {
             let memory = Arc::new(AllocatedMemory::at(size, Machine(machine)));
-            mmu.create_slot(SlotConfig::new(id, Gpa(base), memory)).unwrap();
+            let flags = SlotFlags { read_only: false, dirty: random.pick(&LOGS) };
+            let slot = SlotConfig { flags, ..SlotConfig::new(id, Gpa(base), memory) };
+            mmu.create_slot(slot).unwrap();
         };
         slot(0, 0, 8 * MIB, TIB);
         slot(1, 16 * MIB, 4 * MIB, TIB + 32 * MIB + 3 * PAGE);
@@ -128,6 +134,7 @@ impl World {
             host_read_only: BTreeSet::new(),
             written: BTreeSet::new(),
             recent: Vec::new(),
+            changed: None,
             counts: [0; 3],
         };
         for frame in NARROW[0]..NARROW[1] {
@@ -316,6 +323,9 @@ impl World {
 
     /// An address whose walk passes entries that are there.
     fn gva(&mut self, cpu: usize) -> Gva {
+        if let Some(changed) = self.changed.take().filter(|_| !self.random.one_in(4)) {
+            return Gva(changed.page().0 + self.offset());
+        }
         if !self.recent.is_empty() && self.random.one_in(2) {
             let recent = self.random.pick(&self.recent);
             return Gva(recent.page().0 + self.offset());
@@ -529,6 +539,36 @@ impl World {
         }
     }
 
+    /// Changes what an entry on the way to an address that was used lately grants, or says of its use, and
+    /// nothing else; false if no way was found.
+    fn flip(&mut self, cpu: usize) -> bool {
+        const RIGHTS: [u64; 5] = [bits::RW, bits::US, bits::A, bits::D, bits::NX];
+        if self.recent.is_empty() {
+            return false;
+        }
+        let (gva, map) = (self.random.pick(&self.recent), self.mmu.memory());
+        let bit = match self.random.one_in(8) {
+            true => self.random.pick(&[bits::P, bits::PS]),
+            false => self.random.pick(&RIGHTS),
+        };
+        let reads = Access { user: self.random.one_in(2), ..Access::read() };
+        let regs = *self.cpus[cpu].vcpu().regs();
+        if mode_of(&regs) == Mode::Off || self.cpus[cpu].vcpu().translate(gva, Some(reads)).is_err()
+        {
+            return false;
+        }
+        let steps = path(&regs, &map, gva, reads);
+        // Mostly the leaf.
+        let step = match self.random.one_in(3) {
+            true => steps[self.random.below(steps.len() as u64) as usize],
+            false => steps[steps.len() - 1],
+        };
+        let bytes = (step.value ^ bit).to_le_bytes();
+        self.write_phys(step.at.0, &bytes[..step.size as usize]);
+        self.changed = Some(gva);
+        true
+    }
+
     fn write_phys(&mut self, at: u64, bytes: &[u8]) {
         let done = self.mmu.write_phys(Gpa(at), bytes);
         let map = self.mmu.memory();
@@ -538,8 +578,12 @@ impl World {
         self.fresh.fill(false);
     }
 
-    /// An edit of a table: a whole entry, or a few bytes anywhere around one.
-    fn edit(&mut self) {
+    /// An edit of a table: one bit of an entry that is in use, or a whole entry, or a few bytes anywhere
+    /// around one.
+    fn edit(&mut self, cpu: usize) {
+        if self.random.one_in(2) && self.flip(cpu) {
+            return;
+        }
         let narrow = self.random.one_in(3);
         let (frame, at, entry) = if narrow {
             let frame = NARROW[0] + self.random.below(NARROW[1] - NARROW[0]);
@@ -598,7 +642,6 @@ impl World {
     /// What the VMM and the host do.
     fn manage(&mut self) {
         let mmu = self.mmu.clone();
-        let modes = [DirtyMode::Off, DirtyMode::Off, DirtyMode::WriteProtect, DirtyMode::DirtyBits];
         let id = SlotId(self.random.below(5) as u32);
         match self.random.below(12) {
             0 => mmu.zap_all(),
@@ -626,7 +669,7 @@ impl World {
                 mmu.clear_young(self.range(), |_, _, _| ()).unwrap();
             }
             7 => {
-                let dirty = self.random.pick(&modes);
+                let dirty = self.random.pick(&LOGS);
                 let read_only = self.random.one_in(6);
                 let Some(before) = mmu.memory().by_id(id).map(|slot| slot.flags()) else { return };
                 mmu.set_slot_flags(id, SlotFlags { read_only, dirty }).unwrap();
@@ -679,7 +722,7 @@ impl World {
         let cpu = self.random.below(2) as usize;
         match self.random.below(40) {
             0..26 => self.access(cpu),
-            26..31 => self.edit(),
+            26..31 => self.edit(cpu),
             31..33 => self.emulate(cpu),
             33..35 => self.write_register(cpu),
             35 => self.set_regs(cpu),
@@ -700,6 +743,7 @@ impl World {
             host_read_only: self.host_read_only.clone(),
             written: BTreeSet::new(),
             recent: self.recent.clone(),
+            changed: None,
             counts: [0; 3],
         };
         let cpus = core::mem::take(&mut self.cpus);
@@ -744,7 +788,7 @@ impl World {
             }
             29..34 => {
                 drop(session);
-                self.edit();
+                self.edit(0);
             }
             34..38 => {
                 drop(session);
@@ -839,7 +883,8 @@ fn path(regs: &Regs, map: &MemoryMap, gva: Gva, access: Access) -> Vec<Step> {
     while level > 0 {
         let size = mode.entry_size();
         let at = table.wrapping_add(mode.index(gva, level) * size);
-        let value = read(map, at, size).unwrap();
+        // In a storm the tables may have changed since the walk.
+        let Some(value) = read(map, at, size) else { break };
         let entry = mode.decode(value, level);
         steps.push(Step { at, size, value, leaf: matches!(entry, Entry::Leaf(_)) });
         match entry {

@@ -216,6 +216,23 @@ fn used_pages_are_young() {
     assert_eq!(refused, Err(RangeError::BadRange { base: 5, size: PAGE }));
 }
 
+/// Also by a vCPU that does not come out meanwhile: what it remembers is old when the pages are aged.
+#[test]
+fn a_running_vcpu_makes_its_pages_young_again() {
+    let (guest, _) = guest(1);
+    let mut cpu = guest.vcpu();
+    let young = || guest.mmu.clear_young(by_gpa(0, 1), |_, _, _| ()).unwrap();
+    let mut session = cpu.session();
+    for round in 0..3 {
+        // An access that begins before the processor hears of it may still go by what it remembers.
+        for _ in 0..2 {
+            session.load_u64(Gva(DATA), true).unwrap();
+        }
+        assert_eq!(young(), 1, "round {round}");
+    }
+    assert_eq!(young(), 0);
+}
+
 #[test]
 fn writes_past_the_engine_can_be_noted() {
     let (guest, _) = guest(1);

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Guest, MIB, PAGE, RWU, load, store};
 use mmu_core::addr::{Gpa, Gva};
-use mmu_core::paging::bits;
+use mmu_core::paging::{Invpcid, bits};
 use mmu_core::vcpu::SoftVcpu;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -116,6 +116,29 @@ fn what_is_taken_away_is_gone_after_the_flush() {
     world.guest.audit();
 }
 
+/// Each kind of INVPCID that names what was changed shows it.
+#[test]
+fn an_invpcid_shows_what_was_written() {
+    let (pcid, gva) = (0, Gva(WINDOW));
+    let kinds = [
+        Invpcid::Address { pcid, gva },
+        Invpcid::Context { pcid },
+        Invpcid::All,
+        Invpcid::AllButGlobal,
+    ];
+    let world = World::new(true);
+    let mut cpu = world.guest.vcpu();
+    assert_eq!(load(&mut cpu, WINDOW), 0);
+    for (page, what) in (1..).zip(kinds) {
+        world.remap(&mut cpu, WINDOW, page);
+        cpu.session().invpcid(what);
+        assert_eq!(load(&mut cpu, WINDOW), page, "{what:?}");
+    }
+    let stats = world.guest.mmu.stats();
+    assert_eq!((stats.mmu_pte_write, stats.mmu_unsync), (0, 1), "all natively");
+    world.guest.audit();
+}
+
 /// R23: a table that stays as it is over some flushes is protected again; and the next write to it is
 /// seen.
 #[test]
@@ -181,6 +204,34 @@ fn a_table_that_was_unlinked_comes_back_up_to_date() {
         guest.audit();
     }
     assert!(guest.mmu.stats().mmu_unsync > 0);
+}
+
+/// R34: the same where nothing but the link brings the table back, at whichever level: the flush found
+/// no way to it, and no fault looks at the entry again.
+#[test]
+fn a_table_that_is_linked_again_shows_what_was_written_meanwhile() {
+    for level in [2, 3] {
+        let world = World::new(true);
+        let guest = &world.guest;
+        let mut cpu = guest.vcpu();
+        assert_eq!((load(&mut cpu, WINDOW), load(&mut cpu, WINDOW + PAGE)), (0, 1));
+        world.remap(&mut cpu, WINDOW + PAGE, 1);
+        assert_eq!(load(&mut cpu, WINDOW + PAGE), 1);
+        assert_eq!(guest.mmu.stats().mmu_unsync, 1);
+        let entry = world.entry(guest.root, WINDOW + PAGE);
+        let above = guest.entry(guest.root, Gva(WINDOW), level);
+        let link = guest.read(above);
+        guest.write(above, 0);
+        cpu.session().flush();
+        store(&mut cpu, entry, (PAGES + 2 * PAGE) | RWU | used());
+        cpu.session().flush();
+        guest.write(above, link);
+        cpu.session().flush();
+        // Another address of the table's makes the link.
+        assert_eq!(load(&mut cpu, WINDOW), 0);
+        assert_eq!(load(&mut cpu, WINDOW + PAGE), 2, "unlinked at level {level}");
+        guest.audit();
+    }
 }
 
 /// A table with more ways up than can be told is written by emulation, and its flushes hold as well.

@@ -3,9 +3,10 @@
 
 mod common;
 
-use common::{Guest, MIB, PAGE, RWU, load, store};
+use common::{Guest, MIB, PAGE, RWU, load, reason, store};
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{AllocatedMemory, SlotConfig, SlotId};
+use mmu_core::paging::{Reason, Regs, bits};
 use mmu_core::shadow::QuotaError;
 use mmu_core::vcpu::SoftExit;
 use std::sync::Arc;
@@ -79,32 +80,58 @@ fn a_smaller_quota_takes_effect_and_what_is_used_survives() {
     guest.audit();
 }
 
+/// An address space with tables of its own for each of four addresses, behind consecutive entries of the
+/// root, that lead to four pages from `first` on.
+fn space(guest: &Guest, levels: u32, first: u64) -> Gpa {
+    let root = guest.new_table();
+    for n in 0..4 {
+        let mut entry = Gpa(root.0 + 8 * n);
+        for _ in 1..levels {
+            let table = guest.new_table();
+            guest.write(entry, table.0 | RWU);
+            entry = table;
+        }
+        guest.write(entry, ((first + n) * PAGE) | RWU);
+    }
+    root
+}
+
 /// 32 vCPUs, each with address spaces of its own, within the smallest quota: every fault succeeds.
 #[test]
 fn the_smallest_quota_is_enough_for_many_vcpus() {
     const VCPUS: u64 = 32;
-    let guest = Guest::new(128 * MIB, 32 * MIB, 1024, false);
-    for page in 0..VCPUS * 4 {
-        guest.map(Gva(apart(page)), Gpa(page * PAGE), RWU);
+    const SPACES: u64 = 3;
+    for levels in [4, 5] {
+        let config = Guest::config(1024).levels(levels as u8);
+        let guest = Guest::with(config, 128 * MIB, 32 * MIB, false);
+        let la57 = if levels == 5 { bits::CR4_LA57 } else { 0 };
+        let mut cpus: Vec<_> = (0..VCPUS)
+            .map(|id| {
+                let first = |n| (id * SPACES + n) * 4;
+                let spaces = [0, 1, 2].map(|n| space(&guest, levels, first(n)).0);
+                let regs = Regs { cr3: spaces[0], cr4: guest.regs().cr4 | la57, ..guest.regs() };
+                (spaces, guest.mmu.create_soft_vcpu(regs).unwrap())
+            })
+            .collect();
+        guest.mmu.set_nr_mmu_pages(VCPUS * 8).unwrap();
+        std::thread::scope(|s| {
+            for (spaces, cpu) in &mut cpus {
+                s.spawn(move || {
+                    for round in 0..20 {
+                        cpu.vcpu_mut().set_cr3(spaces[(round % SPACES) as usize]).unwrap();
+                        let gva = Gva((round * 7 % 4) << (12 + 9 * (levels - 1)));
+                        store(cpu, gva.0, round);
+                        // As supervisor as well: another root.
+                        assert_eq!(cpu.session().load_u64(gva, false), Ok(round));
+                    }
+                });
+            }
+        });
+        let (quota, used) = guest.mmu.nr_mmu_pages();
+        assert!(quota == VCPUS * 8 && used <= quota);
+        assert!(guest.mmu.stats().mmu_recycled > 0, "they do not fit all at once");
+        guest.audit();
     }
-    let mut cpus: Vec<_> = (0..VCPUS).map(|_| guest.vcpu()).collect();
-    guest.mmu.set_nr_mmu_pages(VCPUS * 8).unwrap();
-    std::thread::scope(|s| {
-        for (id, cpu) in (0u64..).zip(&mut cpus) {
-            s.spawn(move || {
-                for round in 0..20 {
-                    let page = id * 4 + round % 4;
-                    store(cpu, apart(page) + id * 8, round);
-                    // As supervisor as well: another root.
-                    let seen = cpu.session().load_u64(Gva(apart(page) + id * 8), false);
-                    assert_eq!(seen, Ok(round));
-                }
-            });
-        }
-    });
-    let (quota, used) = guest.mmu.nr_mmu_pages();
-    assert!(quota == VCPUS * 8 && used <= quota);
-    guest.audit();
 }
 
 #[test]
@@ -171,6 +198,33 @@ fn devices_are_remembered_until_there_is_memory() {
     cpu.session().invlpg(gva);
     store(&mut cpu, gva.0, 6);
     assert_eq!(guest.read(Gpa(0x3000)), 6);
+    guest.audit();
+}
+
+/// The guest takes the right to write a device's page away: its writes are its own faults.
+#[test]
+fn a_device_is_written_only_through_a_writable_entry() {
+    let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+    let (gva, gpa) = (Gva(0x10_0000), Gpa(16 * MIB));
+    let full = RWU | bits::A | bits::D;
+    guest.map(gva, gpa, full);
+    let mut cpu = guest.vcpu();
+    let mut store = || {
+        cpu.session().invlpg(gva);
+        cpu.session().store(gva, &[1], true)
+    };
+    for known in [0, 1] {
+        assert_eq!(store(), Err(SoftExit::Mmio(gpa)));
+        assert_eq!(guest.mmu.stats().mmio_cached, known);
+    }
+    guest.map(gva, gpa, full & !bits::RW);
+    assert_eq!(reason(store()), Reason::Write);
+    // R35: nor without the dirty bit, which the write sets.
+    guest.map(gva, gpa, full);
+    assert_eq!((store(), store()), (Err(SoftExit::Mmio(gpa)), Err(SoftExit::Mmio(gpa))));
+    guest.map(gva, gpa, full & !bits::D);
+    assert_eq!(store(), Err(SoftExit::Mmio(gpa)));
+    assert_eq!(guest.read(guest.entry(guest.root, gva, 1)) & bits::D, bits::D);
     guest.audit();
 }
 

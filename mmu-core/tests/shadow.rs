@@ -5,9 +5,10 @@
 mod common;
 
 use common::{Guest, MIB, PAGE, RWU, load, reason, store};
+use mmu_core::Config;
 use mmu_core::addr::{Gpa, Gva};
 use mmu_core::memory::{AllocatedMemory, Backing, SlotConfig, SlotId};
-use mmu_core::paging::{Access, Reason, Regs, bits};
+use mmu_core::paging::{Access, Kind, Reason, Regs, bits};
 use mmu_core::shadow::PageRange;
 use mmu_core::vcpu::{SoftExit, SoftVcpu, VcpuError};
 use std::sync::Arc;
@@ -105,6 +106,71 @@ fn edited_entries_take_effect(native: bool) {
     }
     assert!(stats.mmu_pte_zapped >= 10);
     guest.audit();
+}
+
+/// Each right that the guest takes from an entry that is in use is gone after its INVLPG.
+#[test]
+fn a_right_that_was_taken_away_is_gone_after_invlpg() {
+    let window = Gva(0x40_0000);
+    let used = 0x1000 | bits::P | bits::US | bits::A;
+    let full = used | bits::RW | bits::D;
+    let cases = [
+        (full, bits::RW, Access::write(), Reason::Write),
+        (full, bits::US, Access::read(), Reason::User),
+        (used, bits::US, Access::read(), Reason::User),
+        (used | bits::NX, bits::US, Access::read(), Reason::User),
+        (full, bits::NX, Access::execute(), Reason::Fetch),
+        (full, bits::P, Access::read(), Reason::NotPresent),
+    ];
+    for (before, flip, access, expected) in cases {
+        let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+        guest.map(window, Gpa(0), before);
+        let entry = guest.entry(guest.root, window, 1);
+        let regs = Regs { efer: guest.regs().efer | bits::EFER_NXE, ..guest.regs() };
+        let mut cpu = guest.mmu.create_soft_vcpu(regs).unwrap();
+        let mut go = || {
+            let mut session = cpu.session();
+            session.invlpg(window);
+            match access.kind {
+                Kind::Read => session.load(window, &mut [0], true),
+                Kind::Write => session.store(window, &[1], true),
+                Kind::Execute => session.fetch(window, &mut [0], true),
+            }
+        };
+        assert_eq!(go(), Ok(()), "{before:#x}");
+        guest.write(entry, before ^ flip);
+        assert_eq!(reason(go()), expected, "{before:#x} without {flip:#x}");
+        guest.audit();
+    }
+}
+
+/// R35: a dirty bit that the guest clears is set again by its next write, whoever wrote the entry.
+#[test]
+fn a_dirty_bit_that_was_cleared_is_set_again() {
+    let (window, edit) = (Gva(0x40_0000), 0x80_0000);
+    for native in [false, true] {
+        let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+        guest.map(window, Gpa(0x1000), RWU);
+        let entry = guest.entry(guest.root, window, 1);
+        guest.map(Gva(edit), Gpa(entry.0 & !0xfff), RWU);
+        let mut cpu = guest.vcpu();
+        // As it is, then without D.
+        for dirty in [bits::D, 0] {
+            store(&mut cpu, window.0, 1);
+            let value = 0x1000 | RWU | bits::A | dirty;
+            match native {
+                true => store(&mut cpu, edit + entry.0 % PAGE, value),
+                false => guest.write(entry, value),
+            }
+            cpu.session().invlpg(window);
+        }
+        assert_eq!(load(&mut cpu, window.0), 1);
+        assert_eq!(guest.read(entry) & bits::D, 0, "read only");
+        store(&mut cpu, window.0, 2);
+        assert_eq!(guest.read(entry) & bits::D, bits::D, "native: {native}");
+        assert_eq!(guest.mmu.stats().mmu_unsync > 0, native);
+        guest.audit();
+    }
 }
 
 #[test]
@@ -603,5 +669,26 @@ fn an_implicit_read_is_refused_at_its_own_address() {
         };
         assert_eq!((fault.gva, fault.reason), (Gva(0x2000 + offset), Reason::NotPresent));
     }
+    guest.audit();
+}
+
+/// The entry of a root that belongs to the consumer is none that the guest's tables say anything of.
+#[test]
+fn a_guests_write_leaves_the_consumers_root_entry() {
+    const RESERVED: (usize, u64) = (509, 0xabc_d007);
+    let tables = Arc::new(AllocatedMemory::new(256 * PAGE));
+    let config = Config::new(tables.clone()).reserve_root_entry(RESERVED.0, RESERVED.1);
+    let guest = Guest::with(config, 4 * MIB, 2 * MIB, false);
+    guest.map(Gva(0x1000), Gpa(0x1000), RWU);
+    let mut cpu = guest.vcpu();
+    load(&mut cpu, 0x1000);
+    let reserved = || {
+        let here = |table: &&[AtomicU64]| table[RESERVED.0].load(Ordering::Acquire) == RESERVED.1;
+        tables.words().chunks(512).filter(here).count()
+    };
+    assert_eq!(reserved(), 1, "in the only root");
+    guest.write(Gpa(guest.root.0 + 8 * RESERVED.0 as u64), 0x5007);
+    assert_eq!(reserved(), 1, "the guest wrote its own entry of that number");
+    load(&mut cpu, 0x1000);
     guest.audit();
 }

@@ -287,16 +287,32 @@ mod one_by_one {
     fn code_is_patched() {
         check(
             |world, habit| {
+                // Patches that are over, and the number of the last fetch that came to its middle.
+                let (done, halfway) = (AtomicU64::new(0), AtomicU64::new(0));
                 std::thread::scope(|s| {
                     let patches = s.spawn(|| {
-                        for n in 0..100 {
+                        let mut last = 0;
+                        for n in 0..200 {
+                            // One patch in the middle of each fetch: two would undo each other.
+                            while halfway.load(Ordering::Acquire) == last {
+                                std::thread::yield_now();
+                            }
+                            last = halfway.load(Ordering::Acquire);
                             patch(world, n % 2);
-                            std::thread::sleep(Duration::from_micros(100));
+                            done.fetch_add(1, Ordering::Release);
                         }
                     });
                     let mut cpu = Cpu::new(world, habit);
-                    while !patches.is_finished() {
-                        fetch(world, &mut cpu);
+                    for number in 1.. {
+                        // It stays in the middle until the patch is over, unless that waits for it.
+                        let before = done.load(Ordering::Acquire);
+                        fetch(world, &mut cpu, || {
+                            halfway.store(number, Ordering::Release);
+                            done.load(Ordering::Acquire) == before && !patches.is_finished()
+                        });
+                        if patches.is_finished() {
+                            break;
+                        }
                     }
                 });
             },
@@ -502,8 +518,9 @@ fn patch(world: &World, n: usize) {
     assert_eq!(world.mmu.patch_code(at, &old, &new), Ok(true));
 }
 
-fn fetch(world: &World, cpu: &mut Cpu<'_>) {
-    let seen = cpu.fetch(&mut std::thread::yield_now);
+/// The processor fetches that code; between the halves it stays as long as `stays` says.
+fn fetch(world: &World, cpu: &mut Cpu<'_>, stays: impl Fn() -> bool) {
+    let seen = cpu.fetch(&mut std::thread::yield_now, &stays);
     if seen.is_some_and(|seen| !PATCHES.contains(&seen)) {
         world.watch.half_patched(CODE);
     }
@@ -579,7 +596,7 @@ impl<'w> Storm<'w> {
                     cpu.load(at, 0, meanwhile);
                 }
                 30 if random.below(4) == 0 => {
-                    fetch(self.world, &mut cpu);
+                    fetch(self.world, &mut cpu, || false);
                 }
                 30 if random.below(64) == 0 => cpu.change_privilege(),
                 30 if random.below(512) == 0 => {

@@ -201,13 +201,17 @@ impl<'w> Cpu<'w> {
         }
     }
 
-    /// Fetches the code that is patched, in two halves; `None` if it is not there.
-    pub fn fetch(&mut self, meanwhile: &mut dyn FnMut()) -> Option<u64> {
+    /// Fetches the code that is patched, in two halves, between which it `stays` until it is kicked; `None`
+    /// if it is not there.
+    pub fn fetch(&mut self, meanwhile: &mut dyn FnMut(), stays: &dyn Fn() -> bool) -> Option<u64> {
         let Found::Page(page) = self.access(CODE, false, meanwhile) else { return None };
         let word = |index| self.world.word(page, index).load(Ordering::Acquire);
         let low = word(0);
         // However long it takes: it comes out only between two instructions.
         std::thread::yield_now();
+        while stays() && !self.line.0.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
         Some(low >> (8 * CODE_AT) | word(1) << (64 - 8 * CODE_AT))
     }
 

@@ -12,15 +12,21 @@ use super::role::Key;
 use super::spte::Spte;
 use super::{Engine, Role, shift};
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, PAGE_SHIFT};
-use crate::memory::{DirtyMode, Hint, MemoryMap, Page};
+use crate::memory::{DirtyMode, Hint, MemoryMap, Page, Slot};
 use crate::paging::{Entry, bits};
 use crate::sync::epoch::Guard;
 use crate::sync::{LocationSet, Ordering};
+use core::ops::Range;
 pub use report::{AuditReport, Disagreement};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Which list, whose, which entry.
 type Link = (&'static str, u64, Location);
+
+const APIC: &str = "maps the page of a local APIC";
+const MEMORY: &str = "is MMIO, but there is memory: R09";
+const WRITABLE_MMIO: &str = "is writable MMIO, the guest's entries are not";
 
 struct Audit<'a> {
     engine: &'a Engine,
@@ -70,7 +76,7 @@ impl Engine {
             }
             used += u64::from(state != state::FREE);
             match state {
-                state::LIVE if self.is_obsolete(page) => audit.obsolete(frame, page.key()),
+                state::LIVE if self.is_obsolete(page) => audit.obsolete(frame, page.key())?,
                 state::LIVE => audit.live(frame, page.key())?,
                 state::RETIRED | state::ZAPPING => audit.dead(frame)?,
                 _ => {}
@@ -109,11 +115,12 @@ impl Audit<'_> {
             if spte == Spte::EMPTY || self.engine.is_reserved(frame, index) {
                 continue;
             }
-            if spte.is_mmio() && self.engine.is_unsync(frame) {
-                continue;
-            }
             if spte.is_mmio() && role.level() == 1 {
-                if let Some(why) = self.mmio(at, spte, key) {
+                let wrong = match self.engine.is_unsync(frame) {
+                    true => self.unsync_mmio(spte, key),
+                    false => self.mmio(at, spte, key),
+                };
+                if let Some(why) = wrong {
                     return Err(Disagreement::Entry { at, level: 1, value: spte.0, why });
                 }
                 continue;
@@ -127,10 +134,8 @@ impl Audit<'_> {
             let wrong = if !protected {
                 Some("its guest table is not write-protected yet")
             } else if self.engine.is_unsync(frame) {
-                // What the guest wrote there natively counts from its next flush on.
                 self.report.sptes += 1;
-                self.expect(rmap_of(1), spte.machine().0, at);
-                None
+                self.unsync_leaf(at, spte, key)
             } else if role.level() > 1 && !spte.is_large() {
                 self.table(at, spte, key)
             } else {
@@ -145,8 +150,9 @@ impl Audit<'_> {
     }
 
     /// A page from before everything was zapped: what it holds means nothing any more, but its links
-    /// count.
-    fn obsolete(&mut self, frame: FrameId, key: Key) {
+    /// count, and operations on it end as on any other: a fault that meets the zap takes its reservation
+    /// back, and who freezes entries retires the page.
+    fn obsolete(&mut self, frame: FrameId, key: Key) -> Result<(), Disagreement> {
         self.report.obsolete += 1;
         let shadows = self.engine.frames.page(frame).home();
         if key.role().has_home() && self.map.by_machine(shadows).is_some() {
@@ -154,16 +160,20 @@ impl Audit<'_> {
         }
         for index in (0..ENTRIES).filter(|index| !self.engine.is_reserved(frame, *index)) {
             let at = Location::new(frame, index);
-            let spte = self.engine.entry(at);
-            if !spte.is_present() {
+            let (spte, level) = (self.engine.entry(at), key.role().level());
+            if spte == Spte::EMPTY || spte.is_mmio() && level == 1 {
                 continue;
             }
-            if key.role().level() == 1 || spte.is_large() {
-                self.expect(rmap_of(key.role().level()), spte.machine().0, at);
+            if !spte.is_present() {
+                return Err(Disagreement::Unfinished { at, level, value: spte.0 });
+            }
+            if level == 1 || spte.is_large() {
+                self.expect(rmap_of(level), spte.machine().0, at);
             } else if let Some(child) = self.engine.frames.frame_at(spte.machine()) {
                 self.expect("parents", u64::from(child.0), at);
             }
         }
+        Ok(())
     }
 
     /// The guest's entry behind an entry of an indirect page, if it can stand behind one.
@@ -262,7 +272,7 @@ impl Audit<'_> {
             return Some("maps another page than the guest's entry");
         }
         if self.map.has_apic(gfn.0..gfn.0 + (1 << (shift(level) - PAGE_SHIFT))) {
-            return Some("maps the page of a local APIC");
+            return Some(APIC);
         }
         self.expect(rmap_of(level), page.machine().0, at);
         let block = page.index..page.index + (1 << (shift(level) - PAGE_SHIFT));
@@ -274,17 +284,53 @@ impl Audit<'_> {
         if level > 1 && shadowed.any(|(index, _)| self.is_protected_table(Page { slot, index })) {
             return Some("maps a block with a guest table in it: R20");
         }
+        self.access(page, spte, rights, granted && dirty)
+    }
+
+    /// The guest may have written its own entry natively, which counts from its next flush on: until then
+    /// the shadow's grants what any entry there could have granted, and nothing that the memory map, the
+    /// host or the log do not.
+    fn unsync_leaf(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {
+        self.expect(rmap_of(1), spte.machine().0, at);
+        let Some(page) = self.map.by_machine(spte.machine()) else {
+            return Some("maps a frame without memory");
+        };
+        if !self.has_other_name(page) {
+            return Some(APIC);
+        }
+        let role = key.role();
+        self.access(page, spte, role, may_write(role))
+    }
+
+    /// Whether the page may be mapped: it has a name at which no local APIC answers. When one comes to
+    /// answer at a name, what was mapped by any is taken away; when aliases change, everything is.
+    fn has_other_name(&self, page: Page<'_>) -> bool {
+        let named = |(start, slot, pages): (u64, &Arc<Slot>, Range<usize>)| {
+            let here = slot.machine() == page.slot.machine() && pages.contains(&page.index);
+            here.then(|| start + (page.index - pages.start) as u64)
+        };
+        let mut names = self.map.stretches_at(0..u64::MAX).filter_map(named);
+        self.map.apics().is_empty() || names.any(|gfn| !self.map.has_apic(gfn..gfn + 1))
+    }
+
+    /// What an entry for the page grants that it must not, by these rights of the guest's.
+    fn access(
+        &self,
+        page: Page<'_>,
+        spte: Spte,
+        rights: Role,
+        granted: bool,
+    ) -> Option<&'static str> {
         if page.region().invalid.covers(page.index) {
             return Some("maps a page that the host has taken away");
         }
-        let regime = role.regime();
-        if regime.is_user() && !rights.user() {
+        if rights.regime().is_user() && !rights.user() {
             return Some("lets the user reach a supervisor page");
         }
         if spte.is_executable() && !rights.executes() {
             return Some("is executable, the guest's entries are not");
         }
-        if spte.grants_write() && !(granted && dirty) {
+        if spte.grants_write() && !granted {
             return Some("says that the guest's entries grant writing, they do not");
         }
         if !spte.is_writable() {
@@ -298,7 +344,7 @@ impl Audit<'_> {
             Some("is writable, but maps a shadowed guest table")
         } else if !page.is_writable() {
             Some("is writable, but the slot or the host forbids it")
-        } else if unlogged || level > 1 && log != DirtyMode::Off {
+        } else if unlogged || spte.is_large() && log != DirtyMode::Off {
             Some("is writable, but the page is not in the dirty log")
         } else {
             None
@@ -340,12 +386,21 @@ impl Audit<'_> {
         if gfn != expected {
             Some("is MMIO at another frame than the guest's entry")
         } else if self.map.slot(gfn).is_some() {
-            Some("is MMIO, but there is memory: R09")
+            Some(MEMORY)
         } else if write && !granted {
-            Some("is writable MMIO, the guest's entries are not")
+            Some(WRITABLE_MMIO)
         } else {
             None
         }
+    }
+
+    /// The same where the guest may have written its own entry natively.
+    fn unsync_mmio(&self, spte: Spte, key: Key) -> Option<&'static str> {
+        let (gfn, write) = spte.mmio_frame(self.map.generation())?;
+        if self.map.slot(gfn).is_some() {
+            return Some(MEMORY);
+        }
+        (write && !may_write(key.role())).then_some(WRITABLE_MMIO)
     }
 
     fn dead(&mut self, frame: FrameId) -> Result<(), Disagreement> {
