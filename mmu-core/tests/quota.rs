@@ -228,6 +228,36 @@ fn a_device_is_written_only_through_a_writable_entry() {
     guest.audit();
 }
 
+/// The guest makes a device's page the supervisor's: to the user it is not there any more.
+#[test]
+fn a_device_that_becomes_the_supervisors_is_a_fault_of_the_users() {
+    let (gva, gpa, edit) = (Gva(0x10_0000), Gpa(16 * MIB), Gva(0x40_0000));
+    let full = RWU | bits::A | bits::D;
+    let device = gpa.0 | full & !bits::RW;
+    for native in [false, true] {
+        let guest = Guest::new(4 * MIB, 2 * MIB, 256, false);
+        guest.map(gva, Gpa(0), device);
+        let entry = guest.entry(guest.root, gva, 1);
+        guest.map(edit, Gpa(entry.0 & !0xfff), full);
+        let mut cpu = guest.vcpu();
+        let mut buf = [0; 4];
+        assert_eq!(cpu.session().load(gva, &mut buf, true), Err(SoftExit::Mmio(gpa)));
+        let supervisors = device & !bits::US;
+        match native {
+            true => {
+                store(&mut cpu, edit.0 + entry.0 % PAGE, device);
+                assert_eq!(cpu.session().load(gva, &mut buf, true), Err(SoftExit::Mmio(gpa)));
+                store(&mut cpu, edit.0 + entry.0 % PAGE, supervisors);
+            }
+            false => guest.write(entry, supervisors),
+        }
+        cpu.session().invlpg(gva);
+        assert_eq!(reason(cpu.session().load(gva, &mut buf, true)), Reason::User, "{native}");
+        assert_eq!(cpu.session().load(gva, &mut buf, false), Err(SoftExit::Mmio(gpa)));
+        guest.audit();
+    }
+}
+
 /// More maps than an MMIO entry's generation can count.
 #[test]
 fn generations_of_mmio_entries_may_wrap() {

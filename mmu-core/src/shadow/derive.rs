@@ -19,12 +19,13 @@ impl Engine {
         }
         match role.format().decode(guest, role.level(), role.regime().has_nxe()) {
             Entry::Leaf(gpa) if role.level() == 1 => {
-                let may_write = role.allows(guest).write && guest & bits::D != 0;
-                if spte.is_mmio() {
-                    let known = spte.mmio_frame(map.generation());
-                    return known.is_none_or(|(gfn, write)| gfn == gpa.gfn() && may_write >= write);
-                }
                 let allowed = role.allows(guest);
+                let may_write = allowed.write && guest & bits::D != 0;
+                if spte.is_mmio() {
+                    let same =
+                        |(gfn, write)| allowed.read && gfn == gpa.gfn() && may_write >= write;
+                    return spte.mmio_frame(map.generation()).is_none_or(same);
+                }
                 // An APIC's page may have another name, by which the same memory is mapped.
                 spte.is_present()
                     && !map.has_apic(gpa.gfn().0..gpa.gfn().0 + 1)

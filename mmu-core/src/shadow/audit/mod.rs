@@ -371,13 +371,13 @@ impl Audit<'_> {
     fn mmio(&mut self, at: Location, spte: Spte, key: Key) -> Option<&'static str> {
         let (gfn, write) = spte.mmio_frame(self.map.generation())?;
         let role = key.role();
-        let (expected, granted) = if role.is_direct() {
-            (Gfn(key.gfn().0 + at.index() as u64), role.writes())
+        let (expected, rights, granted) = if role.is_direct() {
+            (Gfn(key.gfn().0 + at.index() as u64), role, role.writes())
         } else {
             match self.guest_entry(key, at.index()) {
                 Ok((guest, Entry::Leaf(gpa))) => {
-                    let write = may_write(leaf_rights(role, guest)) && guest & bits::D != 0;
-                    (gpa.gfn(), write)
+                    let rights = leaf_rights(role, guest);
+                    (gpa.gfn(), rights, may_write(rights) && guest & bits::D != 0)
                 }
                 Ok(_) => return Some("is MMIO, the guest's entry is a table"),
                 Err(why) => return Some(why),
@@ -387,6 +387,8 @@ impl Audit<'_> {
             Some("is MMIO at another frame than the guest's entry")
         } else if self.map.slot(gfn).is_some() {
             Some(MEMORY)
+        } else if role.regime().is_user() && !rights.user() {
+            Some("lets the user reach a supervisor page")
         } else if write && !granted {
             Some(WRITABLE_MMIO)
         } else {

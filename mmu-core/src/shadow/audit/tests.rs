@@ -512,6 +512,8 @@ fn a_wrong_device_is_found() {
         mmio(setup, DEVICE);
     };
     assert_eq!(why(1, edited), writable);
+    let supervisor = why(1, |setup| setup.edit(0x4018, 0x10_0000_0063));
+    assert_eq!(supervisor, "lets the user reach a supervisor page");
     let unsync = |setup: &Setup| mmio(setup, Gva(0x20_3000));
     assert_eq!(why_unsync(unsync), writable);
 }
