@@ -570,7 +570,7 @@ impl Repeats {
     const MOST: u32 = if cfg!(loom) { 4 } else { 16 };
     /// What a fault that was served from the beginning on counts for. One that found its entry there but
     /// for W most often comes of a harvest of the log, and the access was made since the one before.
-    const REPAIRS: u32 = 64;
+    const REPAIRS: u32 = if cfg!(loom) { 4 } else { 64 };
 
     /// Whether this fault came so often in a row that what it asks for is better emulated than mapped.
     fn is_stuck(&mut self, gva: Gva, access: Access) -> bool {
