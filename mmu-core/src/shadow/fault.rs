@@ -39,8 +39,10 @@ pub enum Outcome {
     Fixed,
     /// The guest's own tables forbid the access: deliver the fault to the guest.
     Guest(Fault),
-    /// A write to a page that the engine shadows as a guest page table, or any access to the page of
-    /// another vCPU's local APIC: emulate the instruction by the vCPU's accessors.
+    /// Emulate the instruction by the vCPU's accessors: a write to a page that the engine shadows as a
+    /// guest page table; any access to the page of another vCPU's local APIC; a fetch of code that may
+    /// not be read, which no entry can allow; a write whose entry has gone again each time, sixteen
+    /// faults in a row, whatever page it is to.
     Emulate {
         /// Guest-physical address of the access.
         gpa: Gpa,
